@@ -1,0 +1,1 @@
+"""Composable PPO components for RLHF of language models."""
