@@ -1,0 +1,188 @@
+"""Advantages: of tokens from a critic (GAE and its special cases), of responses from each other.
+
+Special cases that are not functions of their own: ``gae(lam=0)`` is the TD error r_t + γ V_{t+1} - V_t;
+``gae(lam=1)`` is Monte Carlo minus V; ``discounted_returns`` is Monte Carlo, the advantage of plain
+REINFORCE.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ppo_kit.functional.checks import check_dims, check_floats, check_ids, check_mask, check_range
+from ppo_kit.functional.masked import last_valid, zero_masked
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float = 1.0,
+    lam: float | Tensor = 0.95,
+    bootstrap_value: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Generalized advantage estimation.
+
+    δ_t = r_t + γ·V_{t+1} - V_t and A_t = δ_t + γ·λ·A_{t+1}, t from the last valid token back to the first;
+    returns R_t = A_t + V_t. V after the last valid token is ``bootstrap_value``, 0 by default: the episode
+    ended there. Schulman et al. 2016 (arXiv 1506.02438), (11), (16); report (9).
+
+    A scan of depth log₂ T in place of the loop over T. MOSS-RLHF runs that loop in its data loader; TRL runs
+    it over the padded length and then whitens the advantages, which here is a step of its own.
+
+    Args:
+        rewards: [B,T], units of reward. values: [B,T], V(state before token t), same units.
+        mask: [B,T] bool, right-padded.
+        gamma: discount in [0,1]. lam: λ in [0,1], one number or [B,T], where λ_t weighs A_{t+1} in A_t.
+        bootstrap_value: [B], V of the state after the last valid token, for responses that were cut off
+            there; 0 for the others.
+    Returns:
+        advantages and returns: [B,T], float32 (float64 where given), 0 where masked.
+    Raises:
+        ValueError: a wrong shape or dtype; ``gamma`` or a number ``lam`` out of [0,1].
+
+    >>> rewards, values = torch.tensor([[0.0, 1.0, 9.0]]), torch.tensor([[0.5, 0.8, 9.0]])
+    >>> mask = torch.tensor([[True, True, False]])
+    >>> advantages, returns = gae(rewards, values, mask, gamma=1.0, lam=0.5)
+    >>> advantages
+    tensor([[0.4000, 0.2000, 0.0000]])
+    >>> returns
+    tensor([[0.9000, 1.0000, 0.0000]])
+    """
+    check_floats(rewards=rewards, values=values)
+    check_dims("rewards", rewards, "BT")
+    check_mask(mask, rewards, "rewards")
+    check_range("gamma", gamma, 0.0, 1.0)
+    rewards, values = (
+        zero_masked(_at_least_float32(rewards), mask),
+        zero_masked(_at_least_float32(values), mask),
+    )
+    next_values = torch.nn.functional.pad(values[:, 1:], (0, 1))
+    if bootstrap_value is not None:
+        check_floats(bootstrap_value=bootstrap_value)
+        check_dims("bootstrap_value", bootstrap_value, "B")
+        if bootstrap_value.shape[0] != values.shape[0]:
+            raise ValueError(
+                f"bootstrap_value: got shape {list(bootstrap_value.shape)}, needs [{values.shape[0]}]"
+            )
+        next_values = torch.where(last_valid(mask), bootstrap_value[:, None].to(values.dtype), next_values)
+    decay: float | Tensor
+    if isinstance(lam, Tensor):
+        check_floats(rewards=rewards, lam=lam)
+        decay = gamma * zero_masked(lam.to(values.dtype), mask)
+    else:
+        check_range("lam", lam, 0.0, 1.0)
+        decay = gamma * lam
+    deltas = zero_masked(rewards + gamma * next_values - values, mask)
+    advantages = zero_masked(_reverse_scan(deltas, decay), mask)
+    return advantages, advantages + values
+
+
+def discounted_returns(rewards: Tensor, mask: Tensor, *, gamma: float = 1.0) -> Tensor:
+    """Monte Carlo returns R_t = r_t + γ·R_{t+1}; with γ = 1 the reward still to come.
+
+    Sutton & Barto 2018, (3.9); with KL-penalized rewards these are the advantages of REINFORCE++
+    (Hu 2025, arXiv 2501.03262) before normalization.
+
+    Args:
+        rewards: [B,T], units of reward. mask: [B,T] bool, right-padded. gamma: discount in [0,1].
+    Returns:
+        [B,T], float32 (float64 where given), 0 where masked.
+    Raises:
+        ValueError: a wrong shape or dtype; ``gamma`` out of [0,1].
+
+    >>> discounted_returns(torch.tensor([[1.0, 2.0, 9.0]]), torch.tensor([[True, True, False]]), gamma=0.5)
+    tensor([[2., 2., 0.]])
+    """
+    check_floats(rewards=rewards)
+    check_dims("rewards", rewards, "BT")
+    check_mask(mask, rewards, "rewards")
+    check_range("gamma", gamma, 0.0, 1.0)
+    return zero_masked(_reverse_scan(zero_masked(_at_least_float32(rewards), mask), gamma), mask)
+
+
+def leave_one_out(score: Tensor, group_id: Tensor) -> Tensor:
+    """A_i = s_i - mean of the other scores of its group (RLOO).
+
+    Ahmadian et al. 2024 (arXiv 2402.14740), (8); Kool et al. 2019. In a group of one there is no other and
+    the baseline is 0: A = s, still unbiased. TRL asks for equal groups laid out in order; here any ids do.
+
+    Args:
+        score: [B], units of reward. group_id: [B] int64, which prompt a response answers.
+    Returns:
+        [B], dtype of ``score``.
+    Raises:
+        ValueError: a wrong shape or dtype.
+
+    >>> leave_one_out(torch.tensor([1.0, 2.0, 6.0, 5.0]), torch.tensor([7, 7, 7, 9]))
+    tensor([-3.0000, -1.5000,  4.5000,  5.0000])
+    """
+    same, difference = _group_differences(score, group_id)
+    others = same.sum(1) - 1
+    return torch.where(others > 0, difference.sum(1) / others.clamp(min=1), score)
+
+
+def group_normalize(score: Tensor, group_id: Tensor, *, scale: bool = True, eps: float = 1e-6) -> Tensor:
+    """A_i = (s_i - mean of its group) / (σ of its group + eps) (GRPO).
+
+    ``scale=False`` leaves the denominator out (Dr. GRPO).
+
+    Shao et al. 2024 (arXiv 2402.03300), section 4.1.2; Liu et al. 2025 (arXiv 2503.20783). σ is unbiased, as
+    in TRL (whose eps is 1e-4) and verl. A group of one, or of equal scores, gives exactly 0.
+
+    Args:
+        score: [B], units of reward. group_id: [B] int64, which prompt a response answers.
+    Returns:
+        [B], dtype of ``score``; no unit, or units of reward without ``scale``.
+    Raises:
+        ValueError: a wrong shape or dtype; ``eps`` negative.
+
+    >>> group_normalize(torch.tensor([1.0, 3.0, 4.0, 4.0]), torch.tensor([0, 0, 1, 1]))
+    tensor([-0.7071,  0.7071,  0.0000,  0.0000])
+    """
+    check_range("eps", eps)
+    same, difference = _group_differences(score, group_id)
+    size = same.sum(1)
+    centred = difference.sum(1) / size
+    if not scale:
+        return centred
+    variance = torch.where(same, centred.square(), torch.zeros_like(centred)).sum(1) / (size - 1).clamp(min=1)
+    return centred / (variance.sqrt() + eps)
+
+
+def _group_differences(score: Tensor, group_id: Tensor) -> tuple[Tensor, Tensor]:
+    """[B,B]: whether i and j share a group; s_i - s_j if they do, else 0.
+
+    B² differences of a few thousand responses cost nothing, wait for no device (unique() would), and make the
+    advantage of equal scores exactly 0, which subtracting a rounded mean and dividing by eps does not.
+    """
+    check_floats(score=score)
+    check_dims("score", score, "B")
+    check_ids("group_id", group_id, score.shape)
+    same = group_id[:, None] == group_id[None, :]
+    return same, torch.where(same, score[:, None] - score[None, :], torch.zeros_like(score))
+
+
+def _reverse_scan(x: Tensor, decay: float | Tensor) -> Tensor:
+    """y_t = x_t + decay_t·y_{t+1} along dimension 1, by doubling.
+
+    After the step with stride k, y_t = x_t + … + (product of k decays)·x_{t+k} covers 2k terms.
+    """
+    stride = 1
+    while stride < x.shape[1]:
+        head, tail = x[:, :-stride], x[:, stride:]
+        if isinstance(decay, Tensor):
+            x = torch.cat((torch.addcmul(head, decay[:, :-stride], tail), x[:, -stride:]), 1)
+            # The decays of the last slots reach past the end, where there is nothing to multiply.
+            decay = torch.cat((decay[:, :-stride] * decay[:, stride:], decay[:, -stride:]), 1)
+        else:
+            x = torch.cat((torch.add(head, tail, alpha=decay), x[:, -stride:]), 1)
+            decay *= decay
+        stride *= 2
+    return x
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,55 @@
+"""Value losses: one number per token, not masked and not reduced, with the factor 1/2.
+
+Returns and old values are constants. As with the policy losses, pass inputs through ``zero_masked`` first.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ppo_kit.functional.checks import check_floats, check_range
+
+
+def squared_value_loss(values: Tensor, returns: Tensor) -> Tensor:
+    """½·(V_t - R_t)².
+
+    Report (16), which writes no ½; MOSS-RLHF and TRL carry it in code, and so the coefficient of the value
+    loss means the same here.
+
+    Args:
+        values: [B,T], current critic. returns: [B,T], same units.
+    Returns:
+        [B,T], units squared.
+    Raises:
+        ValueError: shapes differ or a dtype is not floating point.
+
+    >>> squared_value_loss(torch.tensor([[1.0]]), torch.tensor([[3.0]]))
+    tensor([[2.]])
+    """
+    check_floats(values=values, returns=returns)
+    return (values - returns.detach()).square() / 2
+
+
+def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float = 0.2) -> Tensor:
+    """½·max((V_t - R_t)², (clip(V_t, V_old - clip, V_old + clip) - R_t)²).
+
+    Report, section 5.3 (value function loss clipping); the form of OpenAI baselines' PPO2, MOSS-RLHF and TRL.
+
+    Args:
+        values: [B,T], current critic. old_values: [B,T], critic at rollout. returns: [B,T].
+        clip: how far a value may move before its loss stops falling, in units of value, at least 0.
+    Returns:
+        [B,T], units squared.
+    Raises:
+        ValueError: shapes differ, a dtype is not floating point, or ``clip`` is negative.
+
+    >>> values, old = torch.tensor([[2.0]]), torch.tensor([[0.0]])
+    >>> clipped_value_loss(values, old, torch.tensor([[2.0]]))  # exact, but moved further than 0.2: ½·1.8²
+    tensor([[1.6200]])
+    """
+    check_floats(values=values, old_values=old_values, returns=returns)
+    check_range("clip", clip)
+    old_values, returns = old_values.detach(), returns.detach()
+    clipped = torch.clamp(values, old_values - clip, old_values + clip)
+    return torch.maximum((values - returns).square(), (clipped - returns).square()) / 2
