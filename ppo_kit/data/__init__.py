@@ -1,0 +1,43 @@
+"""Dialogues in: rows of files, prompts, preference pairs, supervised text. See ``docs/data.md``."""
+
+from .batches import collate_pairs, pair_batches, plan_pairs
+from .encode import Answered, Encoder, Pair, Prompt, end_of_turn_id
+from .formats import Dialogue, Format, Message, answer_of, pair_of, prompt_of, row_format
+from .load import Dialogues, Pairs, Prompts, load_dialogues, load_pairs, load_prompts
+from .order import epoch_order, step_rows
+from .padding import pad_answers, pad_ids, pad_prompts
+from .rows import BadRow, OnBadRow, RowReport, Source, read_rows
+
+__all__ = [
+    "Answered",
+    "BadRow",
+    "Dialogue",
+    "Dialogues",
+    "Encoder",
+    "Format",
+    "Message",
+    "OnBadRow",
+    "Pair",
+    "Pairs",
+    "Prompt",
+    "Prompts",
+    "RowReport",
+    "Source",
+    "answer_of",
+    "collate_pairs",
+    "end_of_turn_id",
+    "epoch_order",
+    "load_dialogues",
+    "load_pairs",
+    "load_prompts",
+    "pad_answers",
+    "pad_ids",
+    "pad_prompts",
+    "pair_batches",
+    "pair_of",
+    "plan_pairs",
+    "prompt_of",
+    "read_rows",
+    "row_format",
+    "step_rows",
+]

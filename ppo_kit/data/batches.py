@@ -1,0 +1,110 @@
+"""Preference pairs in batches, of so many pairs or of so many tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from tensordict import TensorDict
+
+from .encode import Pair
+from .order import epoch_order
+from .padding import pad_answers
+
+MIN_PAIRS, MAX_PAIRS = 4, 128
+"""The report's limits on a batch balanced by tokens (section 3.1)."""
+
+
+def collate_pairs(pairs: Sequence[Pair], *, pad_id: int = 0) -> TensorDict:
+    """One batch of 2N rows: the N chosen answers, then the N rejected ones, so that one forward scores both.
+
+    Keys ``prompt_ids, prompt_mask, response_ids, response_mask`` and ``group_id`` (row i and row N+i share a
+    prompt). ``chosen, rejected = scores.chunk(2)`` takes the scores apart again.
+
+    >>> pair = Pair([5], [6, 2], [7, 8, 2], [])
+    >>> collate_pairs([pair])["response_ids"]
+    tensor([[6, 2, 0], [7, 8, 2]])
+    """
+    prompts = [pair.prompt_ids for pair in pairs]
+    answers = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs]
+    batch = pad_answers(prompts + prompts, answers, pad_id)
+    batch["group_id"] = torch.arange(len(pairs)).repeat(2)
+    return batch
+
+
+def plan_pairs(
+    pairs: Sequence[Pair],
+    *,
+    seed: int,
+    epoch: int = 0,
+    pairs_per_batch: int | None = None,
+    max_tokens_per_batch: int | None = None,
+) -> list[list[int]]:
+    """The row indices of each batch of :func:`pair_batches`; its length is the number of batches."""
+    if (pairs_per_batch is None) == (max_tokens_per_batch is None):
+        raise ValueError("give one of pairs_per_batch and max_tokens_per_batch")
+    order = epoch_order(len(pairs), seed, epoch)
+    if pairs_per_batch is not None:
+        if pairs_per_batch < 1:
+            raise ValueError(f"pairs_per_batch: got {pairs_per_batch}, needs at least 1")
+        return [order[at : at + pairs_per_batch] for at in range(0, len(order), pairs_per_batch)]
+    assert max_tokens_per_batch is not None
+    plan = _by_tokens(pairs, order, max_tokens_per_batch)
+    return [plan[index] for index in epoch_order(len(plan), seed, epoch)]
+
+
+def pair_batches(
+    pairs: Sequence[Pair],
+    *,
+    seed: int,
+    epoch: int = 0,
+    pairs_per_batch: int | None = None,
+    max_tokens_per_batch: int | None = None,
+    pad_id: int = 0,
+) -> Iterator[TensorDict]:
+    """One epoch of batches, every pair once, in an order that only ``(seed, epoch)`` decides.
+
+    Args:
+        pairs_per_batch: so many pairs each (the last has what is left), or
+        max_tokens_per_batch: pairs of like length together, 4 to 128 of them (the last may have fewer), so
+            that a padded batch [2N, P+T] has at most this many slots.
+
+    Raises:
+        ValueError: both or neither are given, or the budget does not hold four of the longest pairs.
+
+    >>> pairs = [Pair([1] * length, [3, 2], [4, 2], []) for length in range(1, 21)]
+    >>> [batch.numel() // 2 for batch in pair_batches(pairs, seed=0, max_tokens_per_batch=300)]
+    [5, 6, 9]
+    """
+    plan = plan_pairs(
+        pairs,
+        seed=seed,
+        epoch=epoch,
+        pairs_per_batch=pairs_per_batch,
+        max_tokens_per_batch=max_tokens_per_batch,
+    )
+    return (collate_pairs([pairs[row] for row in rows], pad_id=pad_id) for rows in plan)
+
+
+def _by_tokens(pairs: Sequence[Pair], order: list[int], budget: int) -> list[list[int]]:
+    prompt = [len(pair.prompt_ids) for pair in pairs]
+    answer = [max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs]
+    need = 2 * MIN_PAIRS * (max(prompt, default=0) + max(answer, default=0))
+    if budget < need:
+        raise ValueError(
+            f"max_tokens_per_batch: got {budget}, needs {need} to hold {MIN_PAIRS} pairs of the longest "
+            f"prompt ({max(prompt)} tokens) and the longest answer ({max(answer)})"
+        )
+    # The jitter of up to a tenth mixes neighbours in length, so that no two epochs make the same batches.
+    rank = {row: index for index, row in enumerate(order)}
+    jitter = {row: 1 + 0.1 * rank[row] / len(order) for row in order}
+    plan: list[list[int]] = []
+    widest_prompt = widest_answer = 0
+    for row in sorted(order, key=lambda row: (prompt[row] + answer[row]) * jitter[row], reverse=True):
+        widest_prompt, widest_answer = max(widest_prompt, prompt[row]), max(widest_answer, answer[row])
+        slots = 2 * (len(plan[-1]) + 1) * (widest_prompt + widest_answer) if plan else budget + 1
+        if slots > budget or len(plan[-1]) == MAX_PAIRS:
+            plan.append([])
+            widest_prompt, widest_answer = prompt[row], answer[row]
+        plan[-1].append(row)
+    return plan

@@ -1,0 +1,189 @@
+"""Which dialogue a row means. The one internal form is a list of messages, as chat templates take it:
+
+``[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]``
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal, TypeAlias, TypedDict
+
+from .rows import BadRow
+
+
+class Message(TypedDict):
+    """One turn. ``system`` is only ever the first."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+Dialogue: TypeAlias = list[Message]
+Format: TypeAlias = Literal["hh", "preference", "messages", "prompt"]
+
+_HH_START = re.compile(r"\s*\n\n(?:Human|Assistant):(?=\s|$)")
+_HH_TURN = re.compile(r"\n\n(Human|Assistant):(?=\s|$)")
+
+
+def row_format(row: Any) -> Format:
+    """The name of the row's format, or a :class:`BadRow` that says what was found and what is known.
+
+    >>> row_format({"chosen": "\\n\\nHuman: Hi\\n\\nAssistant: Hello", "rejected": "..."})
+    'hh'
+    >>> row_format({"text": "Hi"})
+    Traceback (most recent call last):
+    ...
+    ppo_kit.data.rows.BadRow: unknown format: no `chosen`, `messages` or `prompt` among the keys ['text']
+    """
+    if not isinstance(row, dict):
+        raise BadRow("unknown format", f"got {_name(row)}, needs a JSON object")
+    if "chosen" in row:
+        return "hh" if isinstance(row["chosen"], str) and "prompt" not in row else "preference"
+    if "rejected" in row:
+        raise BadRow("no `chosen`", f"keys {sorted(map(str, row))}")
+    if "messages" in row:
+        return "messages"
+    if "prompt" in row:
+        return "prompt"
+    keys = sorted(map(str, row))
+    raise BadRow("unknown format", f"no `chosen`, `messages` or `prompt` among the keys {keys}")
+
+
+def prompt_of(row: Any) -> Dialogue:
+    """The dialogue up to the answer: everything before the last assistant turn, where the row ends with one.
+
+    >>> prompt_of({"chosen": "\\n\\nHuman: Hi\\n\\nAssistant: Hello"})
+    [{'role': 'user', 'content': 'Hi'}]
+    >>> prompt_of({"prompt": "Hi"})
+    [{'role': 'user', 'content': 'Hi'}]
+    """
+    return _split(row, "chosen")[0]
+
+
+def answer_of(row: Any) -> tuple[Dialogue, str]:
+    """Prompt and answer of one dialogue (``chosen`` where there are two). BadRow where it has no answer.
+
+    >>> answer_of({"chosen": "\\n\\nHuman: Hi\\n\\nAssistant: Hello"})
+    ([{'role': 'user', 'content': 'Hi'}], 'Hello')
+    """
+    prompt, answer = _split(row, "chosen")
+    return prompt, _filled(answer)
+
+
+def pair_of(row: Any) -> tuple[Dialogue, str, str]:
+    """Prompt, chosen and rejected answer. BadRow where the two do not share the prompt, or are equal.
+
+    >>> pair_of({"prompt": "Hi", "chosen": "Hello", "rejected": "What?"})
+    ([{'role': 'user', 'content': 'Hi'}], 'Hello', 'What?')
+    """
+    kind = row_format(row)
+    if kind in ("messages", "prompt"):
+        raise BadRow("no pair", f"a row of format {kind!r} has no `chosen` and `rejected`")
+    if "rejected" not in row:
+        raise BadRow("no `rejected`", f"keys {sorted(map(str, row))}")
+    prompt, chosen = answer_of(row)
+    other, rejected = _split(row, "rejected")
+    rejected = _filled(rejected)
+    if prompt != other:
+        raise BadRow("chosen and rejected do not share the prompt", _first_difference(prompt, other))
+    if chosen == rejected:
+        raise BadRow("chosen and rejected are equal")
+    return prompt, chosen, rejected
+
+
+def _split(row: Any, side: Literal["chosen", "rejected"]) -> tuple[Dialogue, str | None]:
+    kind = row_format(row)
+    answer: str | None
+    if kind == "prompt":
+        prompt, answer = _turns(row["prompt"], "prompt", open_end=True), None
+    elif kind == "messages":
+        prompt, answer = _pop_answer(_turns(row["messages"], "messages"))
+    elif "prompt" in row:
+        prompt = _turns(row["prompt"], "prompt", open_end=True)
+        answer = _continuation(prompt, row[side], side)
+    else:
+        if kind == "hh" and not (isinstance(row[side], str) and _HH_START.match(row[side])):
+            raise BadRow("not an HH dialogue", f"`{side}` does not start with '\\n\\nHuman: '")
+        prompt, answer = _pop_answer(_turns(row[side], side))
+        if answer is None:
+            spoke = any(message["role"] == "assistant" for message in prompt)
+            raise BadRow("last turn is not the assistant's" if spoke else "no assistant turn", f"in `{side}`")
+    if not any(message["role"] == "user" for message in prompt) or not prompt[-1]["content"].strip():
+        raise BadRow("empty prompt")
+    return prompt, answer
+
+
+def _turns(value: Any, key: str, *, open_end: bool = False) -> Dialogue:
+    """Messages of a string (one user turn, or HH text, with ``open_end`` up to "Assistant:") or of a list."""
+    if isinstance(value, str):
+        _check_text(value, key)
+        if not _HH_START.match(value):
+            return [{"role": "user", "content": value}]
+        parts = _HH_TURN.split(value)[1:]
+        roles: dict[str, Literal["user", "assistant"]] = {"Human": "user", "Assistant": "assistant"}
+        turns: Dialogue = [
+            {"role": roles[who], "content": text.strip()}
+            for who, text in zip(parts[::2], parts[1::2], strict=True)
+        ]
+        if open_end and turns[-1]["role"] == "assistant" and not turns[-1]["content"]:
+            turns.pop()
+        return turns
+    if not isinstance(value, list):
+        raise BadRow(
+            f"`{key}` is not a dialogue", f"got {_name(value)}, needs a string or a list of messages"
+        )
+    return [_message(message, f"{key}[{index}]") for index, message in enumerate(value)]
+
+
+def _message(value: Any, key: str) -> Message:
+    if not isinstance(value, dict) or not isinstance(value.get("content"), str):
+        got = sorted(map(str, value)) if isinstance(value, dict) else _name(value)
+        raise BadRow("not a message", f"{key}: got {got}, needs a `role` and a `content` that is a string")
+    if value.get("role") not in ("system", "user", "assistant"):
+        raise BadRow("not a message", f"{key}: role {value.get('role')!r}, needs system, user or assistant")
+    _check_text(value["content"], key)
+    return {"role": value["role"], "content": value["content"]}
+
+
+def _pop_answer(turns: Dialogue) -> tuple[Dialogue, str | None]:
+    if turns and turns[-1]["role"] == "assistant":
+        return turns[:-1], turns[-1]["content"]
+    return turns, None
+
+
+def _continuation(prompt: Dialogue, value: Any, side: str) -> str:
+    """The answer beside a prompt of its own: a string, one assistant message, or the whole dialogue."""
+    if isinstance(value, str) and not _HH_START.match(value):
+        _check_text(value, side)
+        return value
+    turns = _turns(value, side)
+    rest, answer = _pop_answer(turns)
+    if answer is None or rest not in ([], prompt):
+        raise BadRow(f"`{side}` does not continue the prompt", "needs one assistant turn after it")
+    return answer
+
+
+def _filled(answer: str | None) -> str:
+    if answer is None:
+        raise BadRow("no answer", "the dialogue does not end with an assistant turn")
+    if not answer.strip():
+        raise BadRow("empty answer")
+    return answer
+
+
+def _first_difference(one: Dialogue, other: Dialogue) -> str:
+    for turn, (left, right) in enumerate(zip(one, other, strict=False), 1):
+        if left != right:
+            return f"they differ at turn {turn}"
+    return f"{len(one)} turns against {len(other)}"
+
+
+def _check_text(text: str, key: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON may spell half a character: "\ud83d"
+        raise BadRow("not Unicode", f"`{key}` holds half a character at position {error.start + 1}") from None
+
+
+def _name(value: Any) -> str:
+    return "null" if value is None else f"a {type(value).__name__}"
