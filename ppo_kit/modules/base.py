@@ -1,39 +1,71 @@
-"""What every TensorDict module of ours shares: keys that can be renamed, and an error that names the missing one."""
+"""What every TensorDict module of ours shares: keys to rename, and errors that name module and key."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
+import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
+
+from ppo_kit.batch import SCHEMA
 
 
 class BatchModule(TensorDictModuleBase):
     """A TensorDict module that is a thin shell over a function: read keys, compute, write keys.
 
-    A subclass names its default keys in ``IN`` and ``OUT`` and implements ``compute(*inputs)``, which gets the
-    tensors of ``in_keys`` in order and returns those of ``out_keys`` (one tensor, or a tuple of them). Both
-    lists can be given to the constructor, nested keys included, as in TorchRL.
+    A subclass names its default keys in ``IN`` and ``OUT`` and implements ``compute(*inputs)``, which gets
+    the tensors of ``in_keys`` in order and returns those of ``out_keys`` (one tensor, or a tuple of them).
+    Both lists can be given to the constructor, nested keys included, as in TorchRL. A renamed key is still
+    held to the shape of the default key it stands for.
+
+    Args:
+        in_keys, out_keys: the keys to use instead of ``IN`` and ``OUT``, in the same order.
+        extra: default keys read after those of ``IN`` because an option of the subclass asks for them.
 
     Raises:
         KeyError: a key of ``in_keys`` is not in the batch (``TensorDictSequential`` alone would pass None).
+        ValueError: the batch size is not [B]; a key has not the dimensions or the kind of dtype that
+            ``ppo_kit.batch.SCHEMA`` gives it; a mask is padded on the wrong side (not looked at under
+            ``torch.compile``, where it would break the graph).
+
+    >>> from tensordict import TensorDict
+    >>> class Negate(BatchModule):
+    ...     IN, OUT = ("rewards",), ("rewards",)
+    ...     def compute(self, rewards):
+    ...         return -rewards
+    >>> batch = TensorDict({"mine": torch.ones(1, 2)}, [1])
+    >>> Negate(in_keys=["mine"], out_keys=["mine"])(batch)["mine"].tolist()
+    [[-1.0, -1.0]]
+    >>> Negate()(batch)
+    Traceback (most recent call last):
+    ...
+    KeyError: "Negate needs 'rewards'; the batch holds ['mine']"
     """
 
     IN: ClassVar[Sequence[NestedKey]] = ()
     OUT: ClassVar[Sequence[NestedKey]] = ()
+    compute: Callable[..., Any]
 
     def __init__(
-        self, *, in_keys: Sequence[NestedKey] | None = None, out_keys: Sequence[NestedKey] | None = None
+        self,
+        *,
+        in_keys: Sequence[NestedKey] | None = None,
+        out_keys: Sequence[NestedKey] | None = None,
+        extra: Sequence[NestedKey] = (),
     ) -> None:
         super().__init__()
-        self.in_keys = self._keys("in_keys", in_keys, self.IN)
+        self.roles = (*self.IN, *extra)
+        self.in_keys = self._keys("in_keys", in_keys, self.roles)
         self.out_keys = self._keys("out_keys", out_keys, self.OUT)
 
     def _keys(
         self, name: str, given: Sequence[NestedKey] | None, default: Sequence[NestedKey]
     ) -> list[NestedKey]:
+        if isinstance(given, str):
+            raise ValueError(f"{type(self).__name__}: {name} got {given!r}, needs a list of keys")
         keys = list(default if given is None else given)
         if len(keys) != len(default):
             raise ValueError(
@@ -41,19 +73,24 @@ class BatchModule(TensorDictModuleBase):
             )
         return keys
 
-    def compute(self, *inputs: Tensor) -> Any:
-        raise NotImplementedError
-
     def forward(self, batch: TensorDictBase) -> TensorDictBase:
         return self.write(batch, self.compute(*self.read(batch)))
 
     def read(self, batch: TensorDictBase) -> list[Tensor]:
-        """The tensors of ``in_keys``, or a ``KeyError`` that names module, key and what the batch holds."""
-        inputs = [batch.get(key, None) for key in self.in_keys]
-        for key, value in zip(self.in_keys, inputs, strict=True):
-            if value is None:
-                held = sorted(map(str, batch.keys(include_nested=True, leaves_only=True)))
-                raise KeyError(f"{type(self).__name__} needs {key!r}; the batch holds {held}")
+        """The tensors of ``in_keys``, checked."""
+        if len(batch.batch_size) != 1:
+            raise ValueError(
+                f"{type(self).__name__}: batch_size is {list(batch.batch_size)}, needs one dimension [B]"
+            )
+        inputs = [require(batch, key, type(self).__name__) for key in self.in_keys]
+        lengths: dict[str, tuple[int, NestedKey]] = {}
+        for role, key, value in zip(self.roles, self.in_keys, inputs, strict=True):
+            if role in SCHEMA:
+                self._check(key, value, *SCHEMA[role], lengths)
+        if not torch.compiler.is_compiling():
+            for role, key, value in zip(self.roles, self.in_keys, inputs, strict=True):
+                if role in ("response_mask", "prompt_mask"):
+                    self._check_side(key, value, left=role == "prompt_mask")
         return inputs
 
     def write(self, batch: TensorDictBase, outputs: Any) -> TensorDictBase:
@@ -61,3 +98,44 @@ class BatchModule(TensorDictModuleBase):
         for key, value in zip(self.out_keys, outputs, strict=True):
             batch.set(key, value)
         return batch
+
+    def _check(
+        self,
+        key: NestedKey,
+        value: Tensor,
+        dims: str,
+        dtype: torch.dtype,
+        lengths: dict[str, tuple[int, NestedKey]],
+    ) -> None:
+        where = f"{type(self).__name__}: {key!r}"
+        if value.ndim != len(dims):
+            raise ValueError(f"{where} has shape {list(value.shape)}, needs [{','.join(dims)}]")
+        for dim, size in zip(dims, value.shape, strict=True):
+            known, source = lengths.setdefault(dim, (size, key))
+            if size != known:
+                raise ValueError(
+                    f"{where} has shape {list(value.shape)}, needs {dim}={known} as {source!r} has"
+                )
+        floating = dtype.is_floating_point and value.dtype.is_floating_point
+        if value.dtype != dtype and not floating:
+            raise ValueError(f"{where} is {value.dtype}, needs {dtype}")
+
+    def _check_side(self, key: NestedKey, mask: Tensor, *, left: bool) -> None:
+        first, second = mask[:, :-1], mask[:, 1:]
+        wrong = ((first & ~second) if left else (~first & second)).any(1)
+        if bool(wrong.any()):
+            row = int(wrong.nonzero()[0])
+            valid = mask[row].nonzero().flatten().tolist()
+            raise ValueError(
+                f"{type(self).__name__}: {key!r} row {row} is not {'left' if left else 'right'}-padded "
+                f"(valid slots {valid} of {mask.shape[1]})"
+            )
+
+
+def require(batch: TensorDictBase, key: NestedKey, reader: str) -> Tensor:
+    """The tensor at ``key``, or a ``KeyError`` that names the reader, the key and what the batch holds."""
+    value = batch.get(key, None)
+    if value is None:
+        held = sorted(map(str, batch.keys(include_nested=True, leaves_only=True)))
+        raise KeyError(f"{reader} needs {key!r}; the batch holds {held}")
+    return value

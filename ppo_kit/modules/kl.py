@@ -1,0 +1,245 @@
+"""The two places of a KL to the reference: in the reward, or as a loss; and what sets the coefficient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from torch import Tensor, nn
+
+from ppo_kit.functional.kl import kl_estimate
+from ppo_kit.functional.masked import zero_masked
+from ppo_kit.modules.base import BatchModule, require
+from ppo_kit.modules.moments import Reduce, identity
+from ppo_kit.modules.objective import Aggregate, BatchLoss
+
+
+class KLController(Protocol):
+    """What ``KLPenalty`` asks of a controller: the coefficient, and a way to change it."""
+
+    coef: Tensor
+
+    def update(self, kl: float, num: int) -> None: ...
+
+
+class FixedKL(nn.Module):
+    """A coefficient that stays (the report's η: 0.05 in Figure 7, 0.05 to 0.2 in Figure 15).
+
+    >>> float(FixedKL(0.05).coef)
+    0.05
+    """
+
+    coef: Tensor
+
+    def __init__(self, coef: float) -> None:
+        super().__init__()
+        self.register_buffer("coef", _scalar(_at_least_zero("FixedKL", "coef", coef)))
+
+    def update(self, kl: float, num: int) -> None:
+        """Does nothing; here so that every controller is driven alike."""
+
+
+class AdaptiveKL(nn.Module):
+    """β ← β · (1 + e · num / horizon), e = clip(KL / target − 1, −0.2, 0.2) (Ziegler et al. 2019, 2.2).
+
+    ``target`` is in the unit that ``update`` is given. ``KLPenalty.update`` gives nats per token, the ``kl``
+    that a run logs; Ziegler's and TRL's targets (6) are nats per response: divide by the mean length.
+
+    Args:
+        init: β at the start. target: the KL to hold. horizon: responses until an error of 0.2 changed β by
+            about a fifth.
+
+    >>> controller = AdaptiveKL(0.1, target=0.05, horizon=100)
+    >>> controller.update(kl=1.0, num=50)
+    >>> float(controller.coef)
+    0.11...
+    """
+
+    coef: Tensor
+    clip = 0.2
+
+    def __init__(self, init: float, target: float, horizon: int) -> None:
+        super().__init__()
+        self.target = _positive("AdaptiveKL", "target", target)
+        self.horizon = _positive("AdaptiveKL", "horizon", horizon)
+        self.register_buffer("coef", _scalar(_positive("AdaptiveKL", "init", init)))
+
+    @torch.no_grad()
+    def update(self, kl: float, num: int) -> None:
+        """Move β after ``num`` responses with mean KL ``kl``."""
+        error = max(-self.clip, min(self.clip, _finite("AdaptiveKL", kl) / self.target - 1))
+        factor = 1 + error * num / self.horizon
+        if not factor > 0:
+            raise ValueError(
+                f"AdaptiveKL.update: num got {num}, needs less than 5 x horizon = {5 * self.horizon}"
+            )
+        self.coef.mul_(factor)
+
+
+class PIKL(nn.Module):
+    """log β ← log β + gain · (e − e') + e · num / horizon, e = clip(KL / target − 1, −1, 1).
+
+    e' is the e of the update before, 0 at first. A proportional-integral rule in velocity form on log β:
+    β stays positive, and since the sum of errors is kept only as β itself there is nothing to wind up. The
+    integral half is ``AdaptiveKL`` with a wider clip; the proportional half reacts at once and takes its push
+    back when the error goes.
+
+    Args:
+        init: β at the start. target: the KL to hold, in the unit of ``update`` (see ``AdaptiveKL``).
+        horizon: responses over which a steady error of 1 multiplies β by e. gain: of the proportional half.
+
+    >>> controller = PIKL(0.1, target=0.05, horizon=1000, gain=0.5)
+    >>> controller.update(kl=0.10, num=100)
+    >>> round(float(controller.coef), 4)  # 0.1 * exp(0.5 + 0.1)
+    0.1822
+    """
+
+    coef: Tensor
+    error: Tensor
+
+    def __init__(self, init: float, target: float, horizon: int, *, gain: float = 0.5) -> None:
+        super().__init__()
+        self.target = _positive("PIKL", "target", target)
+        self.horizon = _positive("PIKL", "horizon", horizon)
+        self.gain = _at_least_zero("PIKL", "gain", gain)
+        self.register_buffer("coef", _scalar(_positive("PIKL", "init", init)))
+        self.register_buffer("error", _scalar(0.0))
+
+    @torch.no_grad()
+    def update(self, kl: float, num: int) -> None:
+        """Move β after ``num`` responses with mean KL ``kl``."""
+        error = max(-1.0, min(1.0, _finite("PIKL", kl) / self.target - 1))
+        self.coef.mul_(math.exp(self.gain * (error - float(self.error)) + error * num / self.horizon))
+        self.error.fill_(error)
+
+
+class KLPenalty(BatchModule):
+    """r_t ← r_t − β · KL_t: the token-level penalty of the report's Eq. 19.
+
+    KL_t is estimated from the sampled token (``ppo_kit.functional.kl_estimate``); k1, the default, is the
+    log-ratio whose sum over a response is its unbiased KL. Keys: rewards, old_log_probs, ref_log_probs,
+    response_mask, all [B,T] -> kl [B,T] in nats, rewards [B,T]; both 0 where masked. Do not add a ``KLLoss``
+    to the same run: the KL would count twice.
+
+    Args:
+        controller: a number (``FixedKL``) or a controller module; its ``coef`` is β.
+        kind: k1, k2 or k3.
+        reduce: sums a stacked tensor over ranks, used by ``update``.
+
+    >>> from tensordict import TensorDict
+    >>> row = {"rewards": [[0.0, 1.0]], "old_log_probs": [[-1.0, -1.0]], "ref_log_probs": [[-2.0, -1.0]]}
+    >>> batch = TensorDict({k: torch.tensor(v) for k, v in row.items()}, [1])
+    >>> batch["response_mask"] = torch.ones(1, 2, dtype=torch.bool)
+    >>> batch = KLPenalty(0.5)(batch)
+    >>> batch["kl"].tolist(), batch["rewards"].tolist()
+    ([[1.0, 0.0]], [[-0.5, 1.0]])
+    """
+
+    IN = ("rewards", "old_log_probs", "ref_log_probs", "response_mask")
+    OUT = ("kl", "rewards")
+
+    def __init__(
+        self,
+        controller: float | KLController,
+        *,
+        kind: str = "k1",
+        reduce: Reduce = identity,
+        in_keys: Sequence[NestedKey] | None = None,
+        out_keys: Sequence[NestedKey] | None = None,
+    ) -> None:
+        super().__init__(in_keys=in_keys, out_keys=out_keys)
+        _kind("KLPenalty", kind, ("k1", "k2", "k3"))
+        self.controller = FixedKL(controller) if isinstance(controller, (int, float)) else controller
+        self.kind, self.reduce = kind, reduce
+
+    def compute(
+        self, rewards: Tensor, old_log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        old, ref = zero_masked(old_log_probs, mask), zero_masked(ref_log_probs, mask)
+        kl = kl_estimate(old, ref, kind=self.kind)
+        return kl, zero_masked(rewards - self.controller.coef * kl, mask)
+
+    @torch.no_grad()
+    def update(self, batch: TensorDictBase) -> None:
+        """Give the controller the rollout's mean KL per token and its number of responses, over all ranks.
+
+        Call it once per rollout, after ``forward`` (it reads the ``kl`` written there).
+        """
+        name = f"{type(self).__name__}.update"
+        kl, mask = (require(batch, key, name) for key in (self.out_keys[0], self.in_keys[3]))
+        total = zero_masked(kl, mask).double().sum()
+        total, tokens, rows = self.reduce(
+            torch.stack([total, mask.sum().double(), mask.any(1).sum().double()])
+        )
+        if tokens > 0:
+            self.controller.update(float(total / tokens), int(rows))
+
+
+class KLLoss(BatchLoss):
+    """L = weight · mean KL_t(π, π_ref): the KL as a loss (GRPO), instead of in the reward.
+
+    k2 has, on samples of the current policy, the gradient of KL(π, π_ref); k3 (GRPO's) that of
+    KL(π_ref, π): E_π[(1 − π_ref/π) ∇log π] = −E_π_ref[∇log π]. k1 is refused: its gradient, ∇log π, does not
+    depend on the reference and is zero in expectation.
+
+    Keys: log_probs, ref_log_probs, response_mask, all [B,T] -> loss_kl.
+
+    >>> from tensordict import TensorDict
+    >>> batch = TensorDict({"log_probs": torch.tensor([[-1.0]]), "ref_log_probs": torch.tensor([[-3.0]]),
+    ...                     "response_mask": torch.ones(1, 1, dtype=torch.bool)}, [1])
+    >>> float(KLLoss(0.5, kind="k2")(batch)["loss_kl"])  # 0.5 * 2^2 / 2
+    1.0
+    """
+
+    IN, OUT = ("log_probs", "ref_log_probs", "response_mask"), ("loss_kl",)
+
+    def __init__(
+        self,
+        weight: float,
+        *,
+        kind: str = "k3",
+        aggregate: str | Aggregate = "token_mean",
+        in_keys: Sequence[NestedKey] | None = None,
+        out_keys: Sequence[NestedKey] | None = None,
+    ) -> None:
+        super().__init__(weight=weight, aggregate=aggregate, in_keys=in_keys, out_keys=out_keys)
+        if kind == "k1":
+            raise ValueError(
+                "KLLoss: kind got 'k1', whose gradient does not depend on the reference; use 'k2' or 'k3', "
+                "or put k1 into the reward with KLPenalty"
+            )
+        _kind("KLLoss", kind, ("k2", "k3"))
+        self.kind = kind
+
+    def compute(self, log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor) -> Tensor:
+        return kl_estimate(log_probs, ref_log_probs.detach(), kind=self.kind)
+
+
+def _scalar(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def _kind(owner: str, kind: str, kinds: Sequence[str]) -> None:
+    if kind not in kinds:
+        raise ValueError(f"{owner}: kind got {kind!r}, needs one of {list(kinds)}")
+
+
+def _positive(owner: str, name: str, value: float) -> float:
+    if not 0 < value < math.inf:
+        raise ValueError(f"{owner}: {name} got {value}, needs a finite number above 0")
+    return value
+
+
+def _at_least_zero(owner: str, name: str, value: float) -> float:
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{owner}: {name} got {value}, needs a finite number, 0 or more")
+    return value
+
+
+def _finite(owner: str, kl: float) -> float:
+    if not math.isfinite(kl):
+        raise ValueError(f"{owner}.update: kl got {kl}, needs a finite number")
+    return kl

@@ -1,0 +1,203 @@
+"""The losses of PPO, read from the batch: clipped surrogate, value, entropy bonus and language modelling.
+
+Every class here is a ``BatchLoss``: see there for the denominators, ``weight`` and ``aggregate``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from tensordict import NestedKey
+from torch import Tensor
+
+from ppo_kit.functional.kl import kl_estimate
+from ppo_kit.functional.policy import clipped_surrogate
+from ppo_kit.functional.value import clipped_value_loss, squared_value_loss
+from ppo_kit.modules.objective import Aggregate, BatchLoss
+
+
+def ratio_diagnostics(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip_low: float, clip_high: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per token: the ratio ρ = π / π_old, whether the clip binds, and the k3 estimate of KL(π_old, π).
+
+    The clip binds where it stops the gradient: ρ > 1 + clip_high with A > 0, or ρ < 1 − clip_low with A < 0.
+    (TRL counts the same tokens; CleanRL counts every token outside the range.)
+
+    >>> binds = ratio_diagnostics(torch.tensor([0.0, 0.0]), torch.tensor([-1.0, -1.0]),
+    ...                           torch.tensor([1.0, -1.0]), 0.2, 0.2)[1]
+    >>> binds.tolist()
+    [1.0, 0.0]
+    """
+    with torch.no_grad():
+        ratio = (log_probs - old_log_probs).exp()
+        binds = ((advantages > 0) & (ratio > 1 + clip_high)) | ((advantages < 0) & (ratio < 1 - clip_low))
+        return ratio, binds.float(), kl_estimate(old_log_probs, log_probs, kind="k3")
+
+
+class ClippedSurrogate(BatchLoss):
+    """L = −min(ρ_t A_t, clip(ρ_t, 1 − clip, 1 + clip_high) A_t), ρ_t = π(t) / π_old(t): the report's Eq. 15.
+
+    Keys: log_probs, old_log_probs, advantages, response_mask, all [B,T] -> loss_policy, and averaged over
+    tokens: ratio, clip_fraction (where the clip stops the gradient), approx_kl (k3 of KL(π_old, π), nats).
+
+    Args:
+        clip: ε, the lower side; and the upper one unless ``clip_high`` is given (DAPO's clip-higher).
+        dual_clip: for A < 0 the loss is held at dual_clip · |A| (Ye et al. 2020), above 1.
+        weight, aggregate: see ``BatchLoss``.
+
+    >>> from tensordict import TensorDict
+    >>> one = torch.ones(1, 2)
+    >>> batch = TensorDict({"log_probs": -one, "old_log_probs": -one, "advantages": one * 3,
+    ...                     "response_mask": one.bool()}, [1])
+    >>> {k: float(v) for k, v in ClippedSurrogate()(batch).items()}
+    {'loss_policy': -3.0, 'ratio': 1.0, 'clip_fraction': 0.0, 'approx_kl': 0.0}
+    """
+
+    IN = ("log_probs", "old_log_probs", "advantages", "response_mask")
+    OUT = ("loss_policy", "ratio", "clip_fraction", "approx_kl")
+
+    def __init__(
+        self,
+        *,
+        clip: float = 0.2,
+        clip_high: float | None = None,
+        dual_clip: float | None = None,
+        weight: float = 1.0,
+        aggregate: str | Aggregate = "token_mean",
+        in_keys: Sequence[NestedKey] | None = None,
+        out_keys: Sequence[NestedKey] | None = None,
+    ) -> None:
+        super().__init__(weight=weight, aggregate=aggregate, in_keys=in_keys, out_keys=out_keys)
+        self.clip_low = clip
+        self.clip_high = clip if clip_high is None else clip_high
+        self.dual_clip = dual_clip
+        if not 0 <= self.clip_low < 1 or not self.clip_high >= 0:
+            raise ValueError(
+                f"{type(self).__name__}: clip got {clip} and clip_high {clip_high}, "
+                "needs 0 <= clip < 1 and clip_high >= 0"
+            )
+        if dual_clip is not None and not dual_clip > 1:
+            raise ValueError(f"{type(self).__name__}: dual_clip got {dual_clip}, needs a number above 1")
+
+    def compute(self, log_probs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        loss = clipped_surrogate(
+            log_probs,
+            old,
+            advantages,
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+            dual_clip=self.dual_clip,
+        )
+        return loss, *ratio_diagnostics(log_probs, old, advantages, self.clip_low, self.clip_high)
+
+
+class SquaredValueLoss(BatchLoss):
+    """L = ½ (V_t − R_t)²: the report's Eq. 16, with the factor ½ of MOSS-RLHF and TRL.
+
+    Keys: values, returns, response_mask, all [B,T] -> loss_value.
+
+    >>> from tensordict import TensorDict
+    >>> batch = TensorDict({"values": torch.zeros(1, 1), "returns": torch.full((1, 1), 2.0),
+    ...                     "response_mask": torch.ones(1, 1, dtype=torch.bool)}, [1])
+    >>> float(SquaredValueLoss()(batch)["loss_value"])
+    2.0
+    """
+
+    IN, OUT = ("values", "returns", "response_mask"), ("loss_value",)
+
+    def compute(self, values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+        return squared_value_loss(values, returns)
+
+
+class ClippedValueLoss(BatchLoss):
+    """L = ½ max((V_t − R_t)², (V'_t − R_t)²), V' = V_old + clip(V − V_old, −clip, clip) (report, detail 7).
+
+    Keys: values, old_values, returns, response_mask, all [B,T] -> loss_value, and averaged over tokens:
+    value_clip_fraction, where the clipped error is the larger one and V has no gradient.
+
+    >>> from tensordict import TensorDict
+    >>> batch = TensorDict({"values": torch.ones(1, 1), "old_values": torch.zeros(1, 1),
+    ...                     "returns": torch.full((1, 1), 2.2),
+    ...                     "response_mask": torch.ones(1, 1, dtype=torch.bool)}, [1])
+    >>> {k: round(float(v), 4) for k, v in ClippedValueLoss(clip=0.2)(batch).items()}
+    {'loss_value': 2.0, 'value_clip_fraction': 1.0}
+    """
+
+    IN = ("values", "old_values", "returns", "response_mask")
+    OUT = ("loss_value", "value_clip_fraction")
+
+    def __init__(
+        self,
+        *,
+        clip: float = 0.2,
+        weight: float = 1.0,
+        aggregate: str | Aggregate = "token_mean",
+        in_keys: Sequence[NestedKey] | None = None,
+        out_keys: Sequence[NestedKey] | None = None,
+    ) -> None:
+        super().__init__(weight=weight, aggregate=aggregate, in_keys=in_keys, out_keys=out_keys)
+        if not clip > 0:
+            raise ValueError(f"ClippedValueLoss: clip got {clip}, needs a number above 0")
+        self.clip = clip
+
+    def compute(self, values: Tensor, old: Tensor, returns: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        loss = clipped_value_loss(values, old, returns, clip=self.clip)
+        binds = loss.detach() > squared_value_loss(values.detach(), returns)
+        return loss, binds.float()
+
+
+class EntropyBonus(BatchLoss):
+    """L = −weight · mean H_t; with a region δ, L = weight · mean |H_t − δ| (report, detail 3, Figure 16).
+
+    Below δ both push the entropy up; above it the region pushes it back down. MOSS-RLHF's default of δ = 35
+    is above the log of any vocabulary (ln 32,000 = 10.4), so there it never does.
+
+    Keys: entropy, response_mask, both [B,T] -> loss_entropy.
+
+    Args:
+        weight: 0.01 in the report. region: δ in nats.
+
+    >>> from tensordict import TensorDict
+    >>> batch = TensorDict({"entropy": torch.full((1, 1), 2.0),
+    ...                     "response_mask": torch.ones(1, 1, dtype=torch.bool)}, [1])
+    >>> [float(bonus(batch)["loss_entropy"]) for bonus in (EntropyBonus(0.5), EntropyBonus(0.5, region=5))]
+    [-1.0, 1.5]
+    """
+
+    IN, OUT = ("entropy", "response_mask"), ("loss_entropy",)
+
+    def __init__(
+        self,
+        weight: float,
+        region: float | None = None,
+        *,
+        aggregate: str | Aggregate = "token_mean",
+        in_keys: Sequence[NestedKey] | None = None,
+        out_keys: Sequence[NestedKey] | None = None,
+    ) -> None:
+        super().__init__(weight=weight, aggregate=aggregate, in_keys=in_keys, out_keys=out_keys)
+        self.region = region
+
+    def compute(self, entropy: Tensor, mask: Tensor) -> Tensor:
+        return -entropy if self.region is None else (entropy - self.region).abs()
+
+
+class LanguageModelLoss(BatchLoss):
+    """L = −weight · mean log π(t): the PTX term of PPO-max (the report's Eq. 17), λ_ptx = ``weight``.
+
+    Give it a batch of pretraining or SFT text in the same schema; log_probs are the current policy's.
+    Keys: log_probs, response_mask, both [B,T] -> loss_ptx.
+
+    >>> from tensordict import TensorDict
+    >>> batch = TensorDict({"log_probs": torch.full((1, 2), -1.5),
+    ...                     "response_mask": torch.ones(1, 2, dtype=torch.bool)}, [1])
+    >>> float(LanguageModelLoss(weight=2.0)(batch)["loss_ptx"])
+    3.0
+    """
+
+    IN, OUT = ("log_probs", "response_mask"), ("loss_ptx",)
+
+    def compute(self, log_probs: Tensor, mask: Tensor) -> Tensor:
+        return -log_probs

@@ -1,0 +1,95 @@
+"""From a rollout to optimizer steps: shuffled minibatches that know their denominators, and their pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+
+from ppo_kit.modules.base import require
+from ppo_kit.modules.moments import Reduce, identity
+
+
+def with_counts(
+    batch: TensorDictBase, *, mask_key: NestedKey = "response_mask", reduce: Reduce = identity
+) -> TensorDictBase:
+    """Write ``num_tokens`` and ``num_sequences`` [B] int64: the losses' denominators, the same in each row.
+
+    num_tokens counts the valid tokens of the batch, num_sequences its responses with at least one. Rows carry
+    them, so they survive any split.
+
+    Args:
+        reduce: sums a [2] int64 tensor over ranks. Data-parallel wrappers then average gradients over
+            ranks; multiply the loss by the number of ranks to undo that.
+
+    Raises:
+        KeyError: there is no mask.
+
+    >>> from tensordict import TensorDict
+    >>> mask = torch.tensor([[True, True], [True, False], [False, False]])
+    >>> counted = with_counts(TensorDict({"response_mask": mask}, [3]))
+    >>> counted["num_tokens"].tolist(), counted["num_sequences"].tolist()
+    ([3, 3, 3], [2, 2, 2])
+    """
+    mask = require(batch, mask_key, "with_counts")
+    counts = reduce(torch.stack([mask.sum(), mask.any(1).sum()]))
+    for key, count in zip(("num_tokens", "num_sequences"), counts.unbind(), strict=True):
+        batch.set(key, count.repeat(mask.shape[0]))
+    return batch
+
+
+def minibatches(
+    batch: TensorDictBase,
+    size: int,
+    *,
+    epochs: int = 1,
+    generator: torch.Generator,
+    mask_key: NestedKey = "response_mask",
+    reduce: Reduce = identity,
+) -> Iterator[TensorDictBase]:
+    """Yield shuffled minibatches of ``size`` rows, each for one optimizer step and with its counts.
+
+    Every row comes exactly once an epoch, in an order drawn anew from ``generator``; the last minibatch may
+    be smaller. Rows are copied: nothing is written to ``batch``, and no column is trimmed.
+
+    Args:
+        generator: of the device the permutation is to be drawn on; its state is all the randomness there is.
+        mask_key, reduce: see ``with_counts``. Over ranks, every rank must hold the same number of rows.
+
+    Raises:
+        ValueError: size or epochs is below 1.
+
+    >>> from tensordict import TensorDict
+    >>> rows = TensorDict({"row": torch.arange(5), "response_mask": torch.ones(5, 2, dtype=torch.bool)}, [5])
+    >>> parts = list(minibatches(rows, 2, generator=torch.Generator().manual_seed(0)))
+    >>> [len(part) for part in parts], sorted(i for part in parts for i in part["row"].tolist())
+    ([2, 2, 1], [0, 1, 2, 3, 4])
+    >>> parts[0]["num_tokens"].tolist()
+    [4, 4]
+    """
+    if size < 1 or epochs < 1:
+        raise ValueError(f"minibatches: size got {size} and epochs {epochs}, needs at least 1 of each")
+    for _ in range(epochs):
+        order = torch.randperm(batch.batch_size[0], generator=generator, device=generator.device)
+        for rows in order.split(size):
+            yield with_counts(batch[rows.to(batch.device)], mask_key=mask_key, reduce=reduce)
+
+
+def micro_batches(
+    minibatch: TensorDictBase, size: int, *, mask_key: NestedKey = "response_mask"
+) -> Iterator[TensorDictBase]:
+    """Split one optimizer step's minibatch into pieces of ``size`` rows that fit in memory.
+
+    The losses of the pieces add up to the loss of the whole: call ``backward`` on each and step once. A
+    minibatch without counts (not from ``minibatches``) is given its own.
+
+    >>> from tensordict import TensorDict
+    >>> minibatch = TensorDict({"response_mask": torch.ones(3, 2, dtype=torch.bool)}, [3])
+    >>> [(len(part), part["num_tokens"][0].item()) for part in micro_batches(minibatch, 2)]
+    [(2, 6), (1, 6)]
+    """
+    if size < 1:
+        raise ValueError(f"micro_batches: size got {size}, needs at least 1")
+    counted = minibatch if "num_tokens" in minibatch else with_counts(minibatch.copy(), mask_key=mask_key)
+    yield from counted.split(size)

@@ -1,0 +1,167 @@
+"""What losses share: a masked sum over a global denominator, returned in a TensorDict without batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor, nn
+
+from ppo_kit.functional.aggregate import constant_mean, sequence_mean, token_mean
+from ppo_kit.functional.masked import zero_masked
+from ppo_kit.modules.base import BatchModule
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The denominators of one optimizer step; None where the batch holds all of it and counts its own.
+
+    tokens: valid tokens, sequences: responses with at least one. Over all micro-batches and ranks.
+    """
+
+    tokens: Tensor | None
+    sequences: Tensor | None
+
+
+Aggregate = Callable[[Tensor, Tensor, Counts], Tensor]
+"""(loss [B,T], mask [B,T], counts) -> the batch's share of the step's loss. Shares of a split add up."""
+
+
+def _tokens(loss: Tensor, mask: Tensor, counts: Counts) -> Tensor:
+    return token_mean(loss, mask, num_tokens=counts.tokens)
+
+
+def _sequences(loss: Tensor, mask: Tensor, counts: Counts) -> Tensor:
+    return sequence_mean(loss, mask, num_sequences=counts.sequences)
+
+
+@dataclass(frozen=True)
+class ConstantMean:
+    """The sum over each response divided by ``length``, averaged over responses (Dr. GRPO, Liu et al. 2025).
+
+    >>> mask = torch.tensor([[True, True], [True, False]])
+    >>> float(ConstantMean(length=4)(torch.ones(2, 2), mask, Counts(None, None)))
+    0.375
+    """
+
+    length: int
+
+    def __post_init__(self) -> None:
+        if not self.length > 0:
+            raise ValueError(f"ConstantMean: length got {self.length}, needs a number above 0")
+
+    def __call__(self, loss: Tensor, mask: Tensor, counts: Counts) -> Tensor:
+        return constant_mean(loss, mask, length=self.length, num_sequences=counts.sequences)
+
+
+AGGREGATES: dict[str, Aggregate] = {"token_mean": _tokens, "sequence_mean": _sequences}
+"""Aggregates that have a name. ``token_mean``: every token weighs the same (DAPO, TRL's PPO);
+``sequence_mean``: every response weighs the same (GRPO)."""
+
+
+class BatchLoss(BatchModule):
+    """A loss over the batch's tensors: never a network, so DDP, ZeRO and LoRA wrap the models as they like.
+
+    A subclass implements ``compute(*inputs)``, which returns one [B,T] tensor for each of ``OUT``: first the
+    loss per token, then diagnostics per token. Floating [B,T] inputs come with 0 in their masked slots, so
+    that NaN there reaches no value and no gradient.
+
+    ``forward`` does not write to the batch: it returns a fresh TensorDict with ``batch_size=[]`` that holds
+    the scalar ``loss_*`` and the detached diagnostics, as TorchRL's losses do. Each is this batch's share of
+    the optimizer step: if the batch carries ``num_tokens`` and ``num_sequences`` (see ``minibatches``), those
+    are the denominators, and the outputs of micro-batches and of ranks add up to the outputs of the whole.
+    Without them the batch counts its own.
+
+    Args:
+        weight: what the loss is multiplied with. Diagnostics are not.
+        aggregate: ``"token_mean"``, ``"sequence_mean"``, or any ``Aggregate`` such as ``ConstantMean(512)``.
+            Diagnostics are always averaged over tokens.
+
+    Raises:
+        KeyError, ValueError: as ``BatchModule``.
+    """
+
+    def __init__(
+        self,
+        *,
+        weight: float = 1.0,
+        aggregate: str | Aggregate = "token_mean",
+        in_keys: Sequence[NestedKey] | None = None,
+        out_keys: Sequence[NestedKey] | None = None,
+    ) -> None:
+        super().__init__(in_keys=in_keys, out_keys=out_keys)
+        if isinstance(aggregate, str) and aggregate not in AGGREGATES:
+            raise ValueError(
+                f"{type(self).__name__}: aggregate got {aggregate!r}, "
+                f"needs one of {sorted(AGGREGATES)} or a callable"
+            )
+        self.weight = weight
+        self.aggregate = AGGREGATES[aggregate] if isinstance(aggregate, str) else aggregate
+
+    def forward(self, batch: TensorDictBase) -> TensorDict:
+        inputs = self.read(batch)
+        mask = inputs[self.roles.index("response_mask")]
+        clean = [_select(x, mask) for x in inputs]
+        outputs = self.compute(*clean)
+        loss, *diagnostics = outputs if isinstance(outputs, tuple) else (outputs,)
+        counts = Counts(_count(batch, "num_tokens"), _count(batch, "num_sequences"))
+        out = TensorDict(batch_size=[], device=batch.device)
+        out.set(self.out_keys[0], self.weight * self.aggregate(loss, mask, counts))
+        for key, value in zip(self.out_keys[1:], diagnostics, strict=True):
+            out.set(key, _tokens(value.detach().float(), mask, counts))
+        return out
+
+
+class Objective(TensorDictModuleBase):
+    """Several losses on one batch: one TensorDict with everything they return.
+
+    Raises:
+        ValueError: two losses write the same key.
+
+    >>> from ppo_kit.modules import EntropyBonus, SquaredValueLoss
+    >>> objective = Objective(SquaredValueLoss(weight=0.5), EntropyBonus(0.01))
+    >>> objective.out_keys
+    ['loss_value', 'loss_entropy']
+    """
+
+    def __init__(self, *losses: TensorDictModuleBase) -> None:
+        super().__init__()
+        self.losses = nn.ModuleList(losses)
+        self.in_keys = list(dict.fromkeys(key for loss in losses for key in loss.in_keys))
+        self.out_keys = [key for loss in losses for key in loss.out_keys]
+        twice = sorted({str(key) for key in self.out_keys if self.out_keys.count(key) > 1})
+        if twice:
+            raise ValueError(f"Objective: {twice} written by more than one loss; rename them with out_keys")
+
+    def forward(self, batch: TensorDictBase) -> TensorDictBase:
+        out: Any = TensorDict(batch_size=[], device=batch.device)
+        for loss in self.losses:
+            out.update(loss(batch))
+        return out
+
+
+def total_loss(out: TensorDictBase) -> Tensor:
+    """The sum of every ``loss_*`` of a loss module's output: what to call ``backward`` on.
+
+    >>> float(total_loss(TensorDict({"loss_a": torch.tensor(1.0), "loss_b": torch.tensor(2.0),
+    ...                              "ratio": torch.tensor(9.0)})))
+    3.0
+    """
+    losses = [value for key, value in out.items() if str(key).startswith("loss_")]
+    if not losses:
+        raise KeyError(f"total_loss needs a 'loss_*'; the output holds {sorted(map(str, out.keys()))}")
+    return torch.stack(losses).sum()
+
+
+def _select(x: Tensor, mask: Tensor) -> Tensor:
+    return zero_masked(x, mask) if x.is_floating_point() and x.shape == mask.shape else x
+
+
+def _count(batch: TensorDictBase, key: str) -> Tensor | None:
+    value = batch.get(key, None)
+    # Zero only where no token is valid anywhere: the loss is then 0, not 0 / 0.
+    return None if value is None else value[0].clamp(min=1)

@@ -1,0 +1,161 @@
+"""Shaping the reward model's score and putting it on a token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from torch import Tensor
+
+from ppo_kit.functional.moments import Moments, merge_moments
+from ppo_kit.functional.rewards import place_score
+from ppo_kit.modules.base import BatchModule, require
+from ppo_kit.modules.moments import Reduce, identity, reduced_moments
+
+
+class RunningScore(BatchModule):
+    """Base of the parts that hold running moments of the score: count, mean, m2 (squared deviations).
+
+    The moments are float64 buffers, saved and restored by ``state_dict``. ``update`` is the only thing that
+    changes them; ``forward`` never does. Until two scores were seen, or while every score seen was the same
+    (standard deviation at most ``eps``), nothing is scaled: MOSS-RLHF divides by it, and gets 7e11.
+
+    Args:
+        eps: standard deviations up to this count as zero.
+        reduce: sums a stacked tensor over ranks, so that every rank holds the same moments.
+    """
+
+    IN, OUT = ("score",), ("shaped_score",)
+    count: Tensor
+    mean: Tensor
+    m2: Tensor
+
+    def __init__(
+        self,
+        *,
+        eps: float = 1e-8,
+        reduce: Reduce = identity,
+        in_keys: Sequence[NestedKey] | None = None,
+        out_keys: Sequence[NestedKey] | None = None,
+    ) -> None:
+        super().__init__(in_keys=in_keys, out_keys=out_keys)
+        if not eps > 0:
+            raise ValueError(f"{type(self).__name__}: eps got {eps}, needs a number above 0")
+        self.eps, self.reduce = eps, reduce
+        for name in ("count", "mean", "m2"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.float64))
+
+    @property
+    def moments(self) -> Moments:
+        """What was seen so far; its ``std`` is unbiased."""
+        return Moments(self.count, self.mean, self.m2)
+
+    @torch.no_grad()
+    def update(self, batch: TensorDictBase) -> None:
+        """Merge the batch's scores into the moments. Call it once per rollout, before ``forward``.
+
+        Raises:
+            KeyError: the batch has no score. ValueError: a score is not finite (it would spoil the moments
+                for the rest of the run).
+        """
+        key = self.in_keys[0]
+        score = require(batch, key, f"{type(self).__name__}.update")
+        if not bool(score.isfinite().all()):
+            row = int((~score.isfinite()).nonzero()[0, 0])
+            raise ValueError(
+                f"{type(self).__name__}.update: {key!r} row {row} is {score[row].item()}, needs a finite one"
+            )
+        merged = merge_moments(self.moments, reduced_moments(score, reduce=self.reduce))
+        self.count.copy_(merged.count)
+        self.mean.copy_(merged.mean)
+        self.m2.copy_(merged.m2)
+
+    def scale(self) -> Tensor:
+        """σ as a float64 scalar, or 1 where there is no σ to divide by."""
+        std = self.moments.std
+        return torch.where(std > self.eps, std, 1.0)
+
+
+class ScoreNormalize(RunningScore):
+    """r' = (r − mean(r)) / σ(r), mean and σ over every score seen so far (the report's Eq. 18, unclipped).
+
+    Keys: score [B] -> shaped_score [B], in standard deviations. See ``RunningScore`` for the state.
+
+    >>> from tensordict import TensorDict
+    >>> batch = TensorDict({"score": torch.tensor([1.0, 2.0, 3.0])}, [3])
+    >>> normalize = ScoreNormalize()
+    >>> normalize(batch)["shaped_score"].tolist()  # nothing seen yet: unchanged
+    [1.0, 2.0, 3.0]
+    >>> normalize.update(batch)
+    >>> normalize(batch)["shaped_score"].tolist()
+    [-1.0, 0.0, 1.0]
+    """
+
+    def compute(self, score: Tensor) -> Tensor:
+        return ((score.double() - self.mean) / self.scale()).to(score.dtype)
+
+
+class ScoreScale(RunningScore):
+    """r' = r / σ(r), σ over every score seen so far (the report's detail 4; Engstrom et al. 2020).
+
+    Keys: score [B] -> shaped_score [B]. See ``RunningScore`` for the state.
+
+    >>> from tensordict import TensorDict
+    >>> batch = TensorDict({"score": torch.tensor([2.0, 4.0, 6.0])}, [3])
+    >>> scale = ScoreScale()
+    >>> scale.update(batch)
+    >>> scale(batch)["shaped_score"].tolist()
+    [1.0, 2.0, 3.0]
+    """
+
+    def compute(self, score: Tensor) -> Tensor:
+        return (score.double() / self.scale()).to(score.dtype)
+
+
+class ScoreClip(BatchModule):
+    """r' = clip(r, −δ, δ), the outer half of the report's Eq. 18 (δ = 0.3 and 0.8 in its Figure 6).
+
+    Keys: shaped_score [B] -> shaped_score [B].
+
+    >>> from tensordict import TensorDict
+    >>> batch = TensorDict({"shaped_score": torch.tensor([-2.0, 0.25])}, [2])
+    >>> ScoreClip(0.5)(batch)["shaped_score"].tolist()
+    [-0.5, 0.25]
+    """
+
+    IN, OUT = ("shaped_score",), ("shaped_score",)
+
+    def __init__(
+        self,
+        delta: float,
+        *,
+        in_keys: Sequence[NestedKey] | None = None,
+        out_keys: Sequence[NestedKey] | None = None,
+    ) -> None:
+        super().__init__(in_keys=in_keys, out_keys=out_keys)
+        if not delta > 0:
+            raise ValueError(f"ScoreClip: delta got {delta}, needs a number above 0")
+        self.delta = delta
+
+    def compute(self, score: Tensor) -> Tensor:
+        return score.clamp(-self.delta, self.delta)
+
+
+class PlaceScore(BatchModule):
+    """Start the per-token rewards: the score on the last valid response token, 0 elsewhere.
+
+    Keys: shaped_score [B], response_mask [B,T] -> rewards [B,T]. Vanilla PPO places the score as it is:
+    ``PlaceScore(in_keys=["score", "response_mask"])``.
+
+    >>> from tensordict import TensorDict
+    >>> mask = torch.tensor([[True, True, False]])
+    >>> batch = TensorDict({"score": torch.tensor([2.0]), "response_mask": mask}, [1])
+    >>> PlaceScore(in_keys=["score", "response_mask"])(batch)["rewards"].tolist()
+    [[0.0, 2.0, 0.0]]
+    """
+
+    IN, OUT = ("shaped_score", "response_mask"), ("rewards",)
+
+    def compute(self, score: Tensor, mask: Tensor) -> Tensor:
+        return place_score(score, mask)
