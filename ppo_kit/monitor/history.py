@@ -1,0 +1,33 @@
+"""Reading a run's folder: the rows of its ``.jsonl`` files and what its ``.json`` files say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The objects of a ``.jsonl`` file in order; [] when there is no file.
+
+    A last line without its line break is a write that a killed process did not finish, and is left out.
+    Raises ``ValueError`` with file and line for anything else that is not a JSON object.
+    """
+    if not path.exists():
+        return []
+    rows = []
+    *lines, _unfinished = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: not JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}:{number}: got a {type(row).__name__}, needs a JSON object")
+        rows.append(row)
+    return rows
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object of a ``.json`` file; {} when there is no file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

@@ -1,0 +1,169 @@
+"""What a PPO step is watched by: the names of ``metrics.jsonl``, and their values from a rollout.
+
+Every average is one sum over one count, over all valid tokens or all responses of the step (and, through
+``reduce``, of all ranks); means of means are never taken. A value that is undefined is NaN, never a constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+METRICS: dict[str, str] = {
+    "step": "PPO step, counted from 1",
+    "score": "raw score of the reward model, mean over responses [reward-model units]",
+    "gold_score": "gold reward of the same responses, where one exists, mean over responses [gold units]",
+    "kl": "KL(policy, reference) estimated from the sampled tokens, mean over tokens [nats per token]",
+    "perplexity": "exp of the mean negative log-probability of the response tokens under the policy "
+    "that drew them",
+    "response_length": "length of a response with its end-of-sequence token, mean over responses [tokens]",
+    "policy_loss": "loss that the policy's optimizer steps on, mean over the step's minibatches",
+    "value_loss": "loss that the critic's optimizer steps on, mean over the step's minibatches",
+    "ratio": "π(token) / π_old(token), mean over tokens; 1 before the first optimizer step",
+    "clip_fraction": "fraction of tokens whose ratio left the clip range [0 to 1]",
+    "value_clip_fraction": "fraction of tokens whose value moved out of the value clip range [0 to 1]",
+    "approx_kl": "KL(π_old, π) of the update, estimator k3, mean over tokens [nats per token]",
+    "entropy": "entropy of the next-token distribution, mean over tokens [nats]",
+    "advantages": "advantage before it is normalized for the loss, mean over tokens [reward units]",
+    "returns": "return, the critic's target, mean over tokens [reward units]",
+    "values": "critic's value at rollout, mean over tokens [reward units]",
+    "explained_variance": "1 - Var(returns - values) / Var(returns) over tokens; 1 is a perfect critic, "
+    "0 a constant one",
+    "grad_norm": "global norm of the policy's gradient before clipping, mean over optimizer steps",
+    "lr": "learning rate of the policy at the end of the step",
+    "critic_lr": "learning rate of the critic at the end of the step",
+    "kl_coef": "weight of the KL penalty in the reward",
+    "truncated_fraction": "fraction of responses that ended by length, without end-of-sequence [0 to 1]",
+    "tokens_per_second": "response tokens generated and trained on per second of the whole step [tokens/s]",
+    "seconds_rollout": "time spent generating [s]",
+    "seconds_score": "time spent in the reward, reference and critic models [s]",
+    "seconds_train": "time spent in optimizer steps [s]",
+}
+"""Name -> what it is, and its unit. The order is that of ``metrics.jsonl``; other names are refused there."""
+
+Reduce = Callable[[Tensor], Tensor]
+"""Sums a stacked float64 tensor over ranks; on one rank, the identity."""
+
+
+def _identity(stacked: Tensor) -> Tensor:
+    return stacked
+
+
+def rollout_metrics(batch: TensorDictBase, *, reduce: Reduce = _identity) -> dict[str, float]:
+    """The metrics that a finished rollout ``batch`` [B] determines, by the names of ``METRICS``.
+
+    Read where present: ``score``, ``gold_score`` [B]; ``truncated`` [B]; ``kl``, ``old_log_probs``,
+    ``ref_log_probs``, ``old_values``, ``advantages``, ``returns``, ``entropy`` [B,T]. ``response_mask`` [B,T]
+    is needed; what it masks out may hold anything, NaN included. With M = Σ_bt mask:
+
+    - kl = Σ kl / M; without the key, k1: Σ (old_log_probs - ref_log_probs) / M
+    - perplexity = exp(-Σ old_log_probs / M)
+    - explained_variance = 1 - Var(returns - old_values) / Var(returns), NaN where the returns do not vary
+
+    ``reduce`` gets float64 [K,3], rows of (sum, sum of squares, count), and returns their sums over ranks.
+
+    Raises ``ValueError`` when ``response_mask`` is missing or a quantity has another shape than its mask.
+
+    >>> import torch
+    >>> from tensordict import TensorDict
+    >>> batch = TensorDict({
+    ...     "response_mask": torch.tensor([[True, True, True], [True, False, False]]),
+    ...     "score": torch.tensor([1.0, 2.0]),
+    ...     "kl": torch.tensor([[0.1, 0.1, 0.1], [0.5, float("nan"), float("nan")]]),
+    ... }, [2])
+    >>> {name: round(value, 4) for name, value in rollout_metrics(batch).items()}
+    {'score': 1.5, 'kl': 0.2, 'response_length': 2.0}
+    """
+    keys = set(batch.keys())
+    if "response_mask" not in keys:
+        raise ValueError(f"batch lacks response_mask; it holds {sorted(map(str, keys))}")
+    mask = batch["response_mask"]
+    quantities: dict[str, Tensor] = {"response_length": mask.sum(1)}
+    for key in ("score", "gold_score", "kl", "entropy", "advantages", "returns"):
+        if key in keys:
+            quantities[key] = batch[key]
+    if "truncated" in keys:
+        quantities["truncated_fraction"] = batch["truncated"]
+    if "old_values" in keys:
+        quantities["values"] = batch["old_values"]
+        if "returns" in keys:
+            quantities["residual"] = batch["returns"] - batch["old_values"]
+    if "old_log_probs" in keys:
+        quantities["old_log_probs"] = batch["old_log_probs"]
+        if "ref_log_probs" in keys:
+            quantities.setdefault("kl", batch["old_log_probs"] - batch["ref_log_probs"])
+    sums = reduce(torch.stack([_sums(name, x, mask) for name, x in quantities.items()]))
+    total, squares, count = sums.unbind(1)
+    mean = dict(zip(quantities, (total / count).tolist(), strict=True))
+    if "old_log_probs" in mean:
+        mean["perplexity"] = float(torch.exp(torch.tensor(-mean["old_log_probs"], dtype=torch.float64)))
+    if "residual" in mean:
+        second = dict(zip(quantities, (squares / count).tolist(), strict=True))
+        variance = second["returns"] - mean["returns"] ** 2
+        # Below this the returns differ by float32 rounding only, and the quotient would be noise.
+        defined = variance > 1e-12 * second["returns"]
+        residual = second["residual"] - mean["residual"] ** 2
+        mean["explained_variance"] = 1 - residual / variance if defined else float("nan")
+    return {name: mean[name] for name in METRICS if name in mean}
+
+
+def _sums(name: str, x: Tensor, mask: Tensor) -> Tensor:
+    """(Σ x, Σ x², count) in float64 over valid tokens for [B,T], over responses for [B]."""
+    if x.ndim == 2:
+        if x.shape != mask.shape:
+            raise ValueError(f"{name}: got shape {list(x.shape)}, needs {list(mask.shape)} as response_mask")
+        x = x[mask]
+    elif x.shape != mask.shape[:1]:
+        raise ValueError(f"{name}: got shape {list(x.shape)}, needs [{mask.shape[0]}] or the mask's")
+    x = x.detach().double()
+    return torch.stack([x.sum(), (x * x).sum(), x.new_tensor(x.numel())])
+
+
+class Averages:
+    """Weighted means of training diagnostics over the minibatches of a step.
+
+    mean(name) = Σ_i w_i x_i / Σ_i w_i, in float64, where w_i is what x_i is itself a mean over: the valid
+    tokens of minibatch i for losses, ratios and fractions, 1 for what exists once per optimizer step. Nothing
+    is copied off the device before ``means``.
+
+    >>> averages = Averages()
+    >>> averages.add({"policy_loss": 1.0, "ratio": 1.0}, weight=30)
+    >>> averages.add({"policy_loss": 4.0, "ratio": 1.5}, weight=10)
+    >>> averages.add({"grad_norm": 0.7}, weight=1)
+    >>> averages.means()
+    {'policy_loss': 1.75, 'ratio': 1.125, 'grad_norm': 0.7}
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, metrics: Mapping[str, Tensor | float], *, weight: Tensor | float) -> None:
+        """Count each scalar of ``metrics`` with ``weight`` >= 0; weight 0 adds nothing, not even a NaN.
+
+        Raises ``ValueError`` for a value or a weight that is not a scalar, and for a negative number as
+        weight.
+        """
+        if isinstance(weight, int | float) and not weight >= 0:
+            raise ValueError(f"weight: got {weight}, needs a number >= 0")
+        for name, value in metrics.items():
+            x = torch.as_tensor(value).detach().double()
+            w = torch.as_tensor(weight, device=x.device).detach().double()
+            if x.ndim or w.ndim:
+                raise ValueError(
+                    f"{name}: got shape {list(x.shape)} with weight {list(w.shape)}, needs scalars"
+                )
+            term = torch.stack([torch.where(w > 0, x * w, 0.0), w])
+            self._sums[name] = self._sums[name] + term if name in self._sums else term
+
+    def means(self, *, reduce: Reduce = _identity) -> dict[str, float]:
+        """The means so far; NaN for a name whose weights sum to 0.
+
+        ``reduce`` gets float64 [K,2], rows of (Σ w x, Σ w), and returns their sums over ranks.
+        """
+        if not self._sums:
+            return {}
+        total, weight = reduce(torch.stack(list(self._sums.values()))).unbind(1)
+        return dict(zip(self._sums, (total / weight).tolist(), strict=True))

@@ -1,0 +1,166 @@
+"""Where a run lives (one folder, one run) and what its ``config.json`` says."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from ppo_kit.monitor.history import read_json
+from ppo_kit.run.checkpoint import has_checkpoint
+from ppo_kit.run.records import plain
+
+
+class Settings(Protocol):
+    """What a run reads of a recipe's settings, which are a dataclass with whatever else the recipe needs."""
+
+    @property
+    def out(self) -> Path | None: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def resume(self) -> bool: ...
+    @property
+    def checkpoint_every(self) -> int: ...
+
+
+MAY_CHANGE = frozenset({"out", "resume", "steps", "threads", "checkpoint_every"})
+"""Settings that may differ between a run and its resumption."""
+
+
+def new_folder(settings: Settings, name: str, root: Path) -> Path:
+    """Make and return the folder of a new run: ``settings.out``, or the first free one of
+    ``root/<name>-seed<seed>``, ``…-2``, ``…-3``.
+
+    Raises ``ValueError`` for a name that is no plain folder name and ``FileExistsError`` when
+    ``settings.out`` holds a run, or anything else.
+    """
+    if settings.out is not None:
+        folder = Path(settings.out)
+        if (folder / "config.json").exists():
+            raise FileExistsError(
+                f"{folder} already holds a run: continue it with --resume, or choose another --out"
+            )
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise FileExistsError(f"{folder} exists and is not an empty folder: choose another --out")
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    number = 1
+    while True:
+        folder = root / _numbered(settings, name, number)
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            number += 1
+
+
+def resumed_folder(settings: Settings, name: str, root: Path, *, may_change: Sequence[str] = ()) -> Path:
+    """The folder that ``--resume`` continues: ``settings.out``, or the last default folder with a checkpoint.
+
+    Raises ``FileNotFoundError`` when there is no run or no checkpoint in it, and ``ValueError`` when a
+    setting outside ``MAY_CHANGE`` and ``may_change`` differs from the run's.
+    """
+    if settings.out is not None:
+        folder = Path(settings.out)
+        if not (folder / "config.json").exists():
+            raise FileNotFoundError(f"--resume: {folder} holds no run; leave --resume out to start one there")
+        if not has_checkpoint(folder / "checkpoints"):
+            raise FileNotFoundError(
+                f"--resume: the run in {folder} saved no checkpoint; start again with another --out"
+            )
+    else:
+        first = _numbered(settings, name, 1)
+        pattern = re.compile(re.escape(first) + r"(-\d+)?")
+        numbered = [
+            (int(path.name.removeprefix(first).removeprefix("-") or 1), path)
+            for path in (root.iterdir() if root.is_dir() else ())
+            if pattern.fullmatch(path.name) and has_checkpoint(path / "checkpoints")
+        ]
+        if not numbered:
+            raise FileNotFoundError(
+                f"--resume: no run with a checkpoint in {root / first}, {first}-2, …; name one with --out"
+            )
+        folder = max(numbered)[1]
+    before, now = read_json(folder / "config.json").get("settings", {}), plain(settings)
+    differing = [
+        f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if key not in MAY_CHANGE.union(may_change) and before.get(key) != now.get(key)
+    ]
+    if differing:
+        raise ValueError(
+            f"--resume: the run in {folder} has other settings: {'; '.join(differing)}. "
+            "Resume with the same ones, or start a new run with another --out"
+        )
+    return folder
+
+
+def _numbered(settings: Settings, name: str, number: int) -> str:
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise ValueError(f"name: got {name!r}, needs letters, digits, '_', '-' and '.', without folders")
+    return f"{name}-seed{settings.seed}" + (f"-{number}" if number > 1 else "")
+
+
+def describe(settings: Settings, name: str) -> dict[str, Any]:
+    """The content of ``config.json``: every setting, those changed from their defaults, seed, versions of
+    what computes, platform, and git revision of the script that runs (None outside a repository; ``-dirty``
+    with uncommitted changes).
+    """
+    if not dataclasses.is_dataclass(settings):
+        raise ValueError(f"settings: got a {type(settings).__name__}, needs a dataclass instance")
+    changed = {
+        field.name: getattr(settings, field.name)
+        for field in dataclasses.fields(settings)
+        if getattr(settings, field.name) != _default(field)
+    }
+    return {
+        "name": name,
+        "command": sys.argv,
+        "seed": settings.seed,
+        "settings": plain(settings),
+        "changed": plain(changed),
+        "versions": {
+            "python": platform.python_version(),
+            **{package: _version(package) for package in ("torch", "transformers", "tensordict", "ppo-kit")},
+        },
+        "git": _git_revision(Path(sys.argv[0]).resolve().parent),
+        "platform": platform.platform(),
+    }
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_revision(folder: Path) -> str | None:
+    try:
+        result = subprocess.run(
+            ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()

@@ -1,0 +1,161 @@
+"""What a person sees while a run goes on, and at its end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterable, Mapping
+from datetime import timedelta
+from pathlib import Path
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from ppo_kit.monitor.metrics import METRICS
+
+_COLUMNS = {
+    "score": ("score", "{:9.3f}"),
+    "gold_score": ("gold", "{:9.3f}"),
+    "kl": ("KL/token", "{:10.4f}"),
+    "perplexity": ("perplexity", "{:12.3f}"),
+    "response_length": ("length", "{:8.1f}"),
+    "tokens_per_second": ("tokens/s", "{:10,.0f}"),
+}
+_LINES = 40
+_SILENCE = 30.0
+
+
+class Progress:
+    """A header once, then one aligned line for about every 40th part of the run (and whenever 30 s went by
+    without one). On a terminal the newest values and a bar with the time left stay below, always current.
+    """
+
+    def __init__(self, steps: int, *, console: Console | None = None) -> None:
+        self.steps = steps
+        self.console = console or Console(highlight=False, soft_wrap=True)
+        self._columns: list[str] = []
+        self._live: Live | None = None
+        self._waiting: str | None = None
+        self._line = ""
+        self._notice = ""
+        self._step = 0
+        self._started = self._printed = time.monotonic()
+        self._first = 1
+
+    def start(self, first: int) -> None:
+        """The steps from ``first`` on begin now."""
+        self._first = first
+        self._step = first - 1
+        self._started = self._printed = time.monotonic()
+        if self.console.is_terminal and first <= self.steps:
+            self._live = Live(
+                get_renderable=self._newest, console=self.console, transient=True, refresh_per_second=4
+            )
+            self._live.start()
+
+    def update(self, step: int, metrics: Mapping[str, float]) -> None:
+        if not self._columns:
+            self._columns = [name for name in _COLUMNS if name in metrics]
+            titles = [f"{_COLUMNS[name][0]:>{len(_COLUMNS[name][1].format(0.0))}}" for name in self._columns]
+            self.console.print("   step" + "".join(titles) + " time left", style="bold")
+        cells = [
+            _COLUMNS[name][1].format(metrics[name]) if name in metrics else " " * 9 for name in self._columns
+        ]
+        left = _clock(self._seconds_left(step))
+        line = f"{step:7d}" + "".join(cells) + f"{left:>10}"
+        now = time.monotonic()
+        due = step in (self._first, self.steps) or step % max(1, self.steps // _LINES) == 0
+        due = due or now - self._printed > _SILENCE
+        if self._live is not None:
+            self._flush()
+        self._step, self._line = step, line
+        if due:
+            self._waiting, self._printed = line, now
+        if self._live is None:
+            self._flush()
+
+    def note(self, text: str) -> None:
+        """One line of news among the steps."""
+        self.console.print(text, style="yellow", markup=False)
+
+    def announce(self, text: str) -> None:
+        """As ``note``, from a signal handler: there the console may be in the middle of a write."""
+        self._notice = text
+        if self._live is None:
+            with contextlib.suppress(OSError):
+                os.write(2, f"{text}\n".encode())
+
+    def stop(self) -> None:
+        """Take the live lines away; what was printed stays."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+        self._flush()
+
+    def show_end(self, table: Table, lines: Iterable[str]) -> None:
+        self.console.print(table)
+        for line in lines:
+            self.console.print(line, markup=False)
+
+    def _flush(self) -> None:
+        if self._waiting is not None:
+            self.console.print(self._waiting, markup=False)
+            self._waiting = None
+
+    def _seconds_left(self, step: int) -> float:
+        each = (time.monotonic() - self._started) / (step - self._first + 1)
+        return each * (self.steps - step)
+
+    def _newest(self) -> Group:
+        elapsed = _clock(time.monotonic() - self._started)
+        left = f", {_clock(self._seconds_left(self._step))} left" if self._line else ""
+        row = Table.grid(padding=(0, 1))
+        row.add_row(
+            f"{self._step:7d} of {self.steps}",
+            ProgressBar(total=self.steps, completed=self._step, width=30),
+            f"{elapsed} elapsed{left}",
+        )
+        lines = [Text(self._line, style="bold cyan")] if self._line else []
+        notice = [Text(self._notice, style="bold yellow")] if self._notice else []
+        return Group(*lines, row, *notice)
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
+
+
+def before_and_after(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
+    """The table of held-out averages, SFT policy against trained policy, with the change."""
+    table = Table(title="Held-out prompts: SFT policy against trained policy", title_justify="left")
+    table.add_column("mean")
+    for title in ("SFT", "trained", "change"):
+        table.add_column(title, justify="right")
+    known = [name for name in METRICS if name in before or name in after]
+    for name in known + [name for name in after if name not in METRICS]:
+        old, new = before.get(name, float("nan")), after.get(name, float("nan"))
+        style = "bold" if name == "gold_score" else None
+        table.add_row(name, f"{old:.3f}", f"{new:.3f}", f"{new - old:+.3f}", style=style)
+    return table
+
+
+_FILES = {
+    "dashboard.png": "the run at a glance",
+    "summary.json": "the table above",
+    "metrics.jsonl": "every metric of every step",
+    "samples.jsonl": "sampled responses and all scores",
+    "config.json": "settings, versions, seed",
+    "policy": "the trained policy, for transformers' from_pretrained",
+    "checkpoints": "to continue from, with --resume",
+}
+
+
+def files_written(folder: Path) -> Iterable[str]:
+    """A line per file of the run, for those that are there."""
+    yield f"Written to {folder}/"
+    for name, what in _FILES.items():
+        if (folder / name).exists():
+            yield f"  {name:<15} {what}"

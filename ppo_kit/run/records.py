@@ -1,0 +1,85 @@
+"""Writing a run's files so that a reader, or a kill at any moment, finds them whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from ppo_kit.monitor.history import read_rows
+
+
+def plain(value: Any) -> Any:
+    """``value`` as strict JSON can hold it: NaN and infinities become null, paths and the like strings.
+
+    >>> plain({"kl": float("nan"), "out": Path("runs") / "a", "betas": (0.9, 0.95)})
+    {'kl': None, 'out': 'runs/a', 'betas': [0.9, 0.95]}
+    """
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return str(value)
+
+
+class JsonLines:
+    """A ``.jsonl`` file that grows by one whole, flushed line per ``append``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: TextIO | None = None
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        if self._file is None:
+            self._file = self.path.open("a", encoding="utf-8")
+        self._file.write(json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def keep_until(self, step: int) -> None:
+        """Drop the rows of steps after ``step``, and a last line that was cut short."""
+        self.close()
+        if self.path.exists():
+            rows = [row for row in read_rows(self.path) if row["step"] <= step]
+            lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
+            write_whole(self.path, "".join(lines))
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write ``text`` so that ``path`` holds either what it held before or all of it, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """``write_whole`` of ``value`` as indented strict JSON."""
+    write_whole(path, json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside ``folder`` survive a power cut (where the system can open a folder)."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

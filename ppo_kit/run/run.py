@@ -1,0 +1,252 @@
+"""Everything around a recipe's loop: folder, seed, signals, logging, progress, checkpoints, summary."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from ppo_kit.monitor.dashboard import draw_dashboard
+from ppo_kit.monitor.history import read_json
+from ppo_kit.monitor.metrics import METRICS
+from ppo_kit.run import checkpoint
+from ppo_kit.run.folder import Settings, describe, new_folder, resumed_folder
+from ppo_kit.run.progress import Progress, before_and_after, files_written
+from ppo_kit.run.records import JsonLines, write_json
+from ppo_kit.run.signals import StopOnSignal
+
+
+class Run:
+    """One training run and its folder.
+
+    ::
+
+        run = Run(settings, name="ppo_max")       # folder, config.json, threads, seed
+        ...                                       # build models
+        saved = run.load_checkpoint()             # None, or (step, state) with --resume
+        with run:                                 # Ctrl-C ends the run after the current step
+            for step in run.steps():
+                ...
+                run.log(step, metrics)
+                run.sample(step, rows, scores=batch["score"].tolist())
+                if run.checkpoint_due(step):
+                    run.save_checkpoint(step, {"policy": policy.state_dict(), ...})
+            run.finish(before, after)
+        sys.exit(run.exit_code)
+
+    ``settings`` is a dataclass with at least ``out seed threads steps resume checkpoint_every``
+    (``checkpoint_every`` 0: only at the end). The folder is ``settings.out`` or the first free one of
+    ``runs/<name>-seed<seed>``, ``…-2``, …; a folder that holds a run is continued with ``resume`` and refused
+    without. ``may_change`` names settings that a resumed run may set otherwise, beside steps, threads and the
+    like. ``keep`` is the number of checkpoints kept.
+
+    Constructing a run seeds torch's global generator with ``settings.seed`` and sets the number of threads.
+
+    Attributes: ``folder``; ``interrupted`` (a signal asked the run to end); ``exit_code`` (0, or 128 + the
+    signal's number: 130 after Ctrl-C).
+    """
+
+    def __init__(
+        self, settings: Settings, name: str, *, may_change: Sequence[str] = (), keep: int = 2
+    ) -> None:
+        if settings.steps < 0 or settings.checkpoint_every < 0 or settings.threads < 1:
+            raise ValueError(
+                f"settings: got steps={settings.steps}, checkpoint_every={settings.checkpoint_every}, "
+                f"threads={settings.threads}; needs steps and checkpoint_every >= 0, threads >= 1"
+            )
+        self.settings = settings
+        self.keep = keep
+        config = describe(settings, name)
+        if settings.resume:
+            self.folder = resumed_folder(settings, name, Path("runs"), may_change=may_change)
+            # The record of how the run began stays; what is new since then stands beside it.
+            config = {**config, "resumed_from": read_json(self.folder / "config.json")}
+        else:
+            self.folder = new_folder(settings, name, Path("runs"))
+        write_json(self.folder / "config.json", config)
+        torch.set_num_threads(settings.threads)
+        torch.manual_seed(settings.seed)
+        self._metrics = JsonLines(self.folder / "metrics.jsonl")
+        self._samples = JsonLines(self.folder / "samples.jsonl")
+        self._progress = Progress(settings.steps)
+        self._signals = StopOnSignal(self._say_stopping)
+        self._generators: dict[str, torch.Generator] = {}
+        self._restored: dict[str, Any] | None = None
+        self._last = 0
+        self._due: bool | None = None
+        self._logged = 0
+        self._not_finite: set[str] = set()
+        self._seconds_before = 0.0
+        self._started = time.monotonic()
+
+    def generator(self, name: str) -> torch.Generator:
+        """The run's own CPU generator called ``name``, seeded from the run's seed and the name.
+
+        Checkpoints hold the states of all of them and of torch's global generators; ``steps`` restores them.
+        """
+        if name not in self._generators:
+            # 32 bits: torch's CPU generator ignores more. A checksum: hash(str) varies by process.
+            seed = zlib.crc32(f"{self.settings.seed}/{name}".encode())
+            self._generators[name] = torch.Generator().manual_seed(seed)
+        return self._generators[name]
+
+    def __enter__(self) -> Run:
+        self._signals.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+        self._metrics.close()
+        self._samples.close()
+        self._signals.__exit__(kind, error, trace)
+
+    @property
+    def interrupted(self) -> bool:
+        return self._signals.signum is not None
+
+    @property
+    def exit_code(self) -> int:
+        return 0 if self._signals.signum is None else 128 + self._signals.signum
+
+    def _say_stopping(self) -> None:
+        assert self._signals.signum is not None
+        name = signal.Signals(self._signals.signum).name
+        self._progress.announce(f"{name}: ending after this step; once more stops at once")
+
+    def steps(self) -> Iterator[int]:
+        """The steps still to do, from 1 or the checkpoint's next, up to ``settings.steps``; ends after the
+        current step when a signal came.
+
+        Raises ``RuntimeError`` when the run is to resume and ``load_checkpoint`` was not called.
+        """
+        if self.settings.resume and self._restored is None:
+            raise RuntimeError("resume is set: call load_checkpoint() and restore its state before steps()")
+        if self._restored is not None:
+            self._restore_randomness(self._restored)
+        self._progress.start(self._last + 1)
+        for step in range(self._last + 1, self.settings.steps + 1):
+            self._due = None
+            yield step
+            self._last = step
+            # A signal after checkpoint_due said no waits a step, so that the last step is always saved.
+            if self.interrupted and self._due is not False:
+                break
+        self._progress.stop()
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append the metrics of ``step`` to metrics.jsonl, in the order of ``METRICS``, and show progress.
+
+        A NaN or infinity is null in the file, as strict JSON has no other word for it, and is announced the
+        first time a metric has one; what was not measured has no key. Raises ``ValueError`` for names that
+        are not in ``METRICS`` and for a step that is not after the last one.
+        """
+        unknown = sorted(set(metrics) - set(METRICS))
+        if unknown:
+            raise ValueError(f"metrics: got {unknown}; the names are {list(METRICS)}")
+        if step <= self._logged:
+            raise ValueError(f"step: got {step}, needs more than {self._logged}, the last one logged")
+        values = {name: float(metrics[name]) for name in METRICS if name in metrics and name != "step"}
+        self._metrics.append({"step": step, **values})
+        self._logged = step
+        self._progress.update(step, values)
+        for name, value in values.items():
+            if not math.isfinite(value) and name not in self._not_finite:
+                self._not_finite.add(name)
+                self._progress.note(f"step {step}: {name} is {value} (null in metrics.jsonl)")
+
+    def sample(
+        self, step: int, rows: Sequence[Mapping[str, Any]], *, scores: Sequence[float] | None = None
+    ) -> None:
+        """Append ``{"step", "scores", "samples"}`` to samples.jsonl.
+
+        ``rows`` are the few responses worth reading (prompt, response, score, gold_score, ...), all written.
+        ``scores`` are the raw scores of all responses of the step, from which the dashboard draws their
+        distribution; without it, the ``score`` of each row. They are rounded to 4 digits after the point.
+        """
+        if scores is None:
+            scores = [row["score"] for row in rows if "score" in row]
+        compact = [round(float(score), 4) for score in scores]
+        self._samples.append({"step": step, "scores": compact, "samples": list(rows)})
+
+    def checkpoint_due(self, step: int) -> bool:
+        """Whether ``step`` is to be saved: every ``checkpoint_every`` steps, and the last step of the run."""
+        every = self.settings.checkpoint_every
+        self._due = (every > 0 and step % every == 0) or step == self.settings.steps or self.interrupted
+        return self._due
+
+    def save_checkpoint(self, step: int, state: Mapping[str, Any]) -> None:
+        """Save ``state`` (state_dicts; nested dicts of tensors, numbers, strings) and the run's randomness.
+
+        Whatever happens meanwhile, the last whole checkpoint stays loadable. Raises ``ValueError`` naming the
+        entry that ``torch.load(weights_only=True)`` would refuse.
+        """
+        own = {
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "generators": {name: each.get_state() for name, each in self._generators.items()},
+            "seconds": self._seconds(),
+        }
+        checkpoint.save_checkpoint(
+            self.folder / "checkpoints", step, {"state": dict(state), "run": own}, keep=self.keep
+        )
+
+    def load_checkpoint(self) -> tuple[int, dict[str, Any]] | None:
+        """(step, state) to continue from, tensors on the CPU; None when the run does not resume.
+
+        metrics.jsonl and samples.jsonl lose what they hold after that step, and ``steps`` goes on from the
+        next one with the generators as they were: the resumed run equals the uninterrupted one.
+        """
+        if not self.settings.resume:
+            return None
+        loaded = checkpoint.load_checkpoint(self.folder / "checkpoints")
+        assert loaded is not None, "resumed_folder found a checkpoint"
+        step, content = loaded
+        self._restored = content["run"]
+        self._seconds_before = content["run"]["seconds"]
+        self._last = self._logged = step
+        for file in (self._metrics, self._samples):
+            file.keep_until(step)
+        return step, content["state"]
+
+    def _restore_randomness(self, own: Mapping[str, Any]) -> None:
+        torch.set_rng_state(own["torch"])
+        if own["cuda"]:
+            torch.cuda.set_rng_state_all(own["cuda"])
+        for name, state in own["generators"].items():
+            self.generator(name).set_state(state)
+
+    def _seconds(self) -> float:
+        return self._seconds_before + time.monotonic() - self._started
+
+    def finish(self, before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, Any]:
+        """Write summary.json and dashboard.png, print the table and where things are; return the summary.
+
+        ``before`` and ``after`` are averages on held-out prompts of the SFT and the trained policy.
+        """
+        self._progress.stop()
+        summary = {
+            "before": dict(before),
+            "after": dict(after),
+            "steps": self._last,
+            "steps_planned": self.settings.steps,
+            "interrupted": self.interrupted,
+            "seconds": round(self._seconds(), 1),
+        }
+        write_json(self.folder / "summary.json", summary)
+        draw_dashboard(self.folder)
+        self._progress.show_end(before_and_after(before, after), files_written(self.folder))
+        if self.interrupted:
+            self._progress.note(
+                f"Interrupted after step {self._last} of {self.settings.steps}; "
+                f"continue with --resume --out {self.folder}"
+            )
+        return summary
