@@ -4,8 +4,17 @@ Shapes are [B,T] for responses (right-padded) and [B] for one number a response;
 valid.
 """
 
-from ppo_kit.functional.advantages import discounted_returns, gae, group_normalize, leave_one_out
+from ppo_kit.functional.advantages import (
+    discounted_returns,
+    gae,
+    greedy_baseline,
+    group_normalize,
+    leave_one_out,
+    length_adaptive_lambda,
+    optimal_baseline,
+)
 from ppo_kit.functional.aggregate import constant_mean, sequence_mean, token_mean
+from ppo_kit.functional.entropy import entropy_loss, kl_cov, token_covariance
 from ppo_kit.functional.kl import kl_estimate, kl_exact
 from ppo_kit.functional.logprobs import (
     linear_log_probs_and_entropy,
@@ -18,13 +27,16 @@ from ppo_kit.functional.moments import Moments, merge_moments, moments_of
 from ppo_kit.functional.policy import (
     cispo,
     clipped_surrogate,
+    gmpo,
+    importance_sampling,
     kl_penalized_surrogate,
     policy_gradient,
     sequence_clipped_surrogate,
+    truncated_importance_weights,
 )
-from ppo_kit.functional.preference import pairwise_loss
-from ppo_kit.functional.rewards import place_score
-from ppo_kit.functional.value import clipped_value_loss, squared_value_loss
+from ppo_kit.functional.preference import pairwise_loss, reward_model_loss
+from ppo_kit.functional.rewards import length_penalty, missing_end_penalty, overlong_penalty, place_score
+from ppo_kit.functional.value import clipped_value_loss, huber_value_loss, squared_value_loss
 
 __all__ = [
     "Moments",
@@ -33,29 +45,43 @@ __all__ = [
     "clipped_value_loss",
     "constant_mean",
     "discounted_returns",
+    "entropy_loss",
     "gae",
+    "gmpo",
+    "greedy_baseline",
     "group_normalize",
+    "huber_value_loss",
+    "importance_sampling",
+    "kl_cov",
     "kl_estimate",
     "kl_exact",
     "kl_penalized_surrogate",
     "last_valid",
     "leave_one_out",
+    "length_adaptive_lambda",
+    "length_penalty",
     "linear_log_probs_and_entropy",
     "linear_token_log_probs",
     "masked_mean",
     "masked_sum",
     "masked_var",
     "merge_moments",
+    "missing_end_penalty",
     "moments_of",
+    "optimal_baseline",
+    "overlong_penalty",
     "pairwise_loss",
     "place_score",
     "policy_gradient",
+    "reward_model_loss",
     "sequence_clipped_surrogate",
     "sequence_mean",
     "squared_value_loss",
+    "token_covariance",
     "token_entropy",
     "token_log_probs",
     "token_mean",
+    "truncated_importance_weights",
     "whiten",
     "zero_masked",
 ]

@@ -1,8 +1,11 @@
-"""Advantages: of tokens from a critic (GAE and its special cases), of responses from each other.
+"""Advantages: of tokens from a critic (GAE), of responses from each other.
 
-Special cases that are not functions of their own: ``gae(lam=0)`` is the TD error r_t + γ V_{t+1} - V_t;
-``gae(lam=1)`` is Monte Carlo minus V; ``discounted_returns`` is Monte Carlo, the advantage of plain
-REINFORCE.
+What is not a function of its own, being one of these:
+TD error r_t + γ·V_{t+1} - V_t: ``gae(lam=0.0)``; Monte Carlo minus V: ``gae(lam=1.0)``.
+REINFORCE with the batch's mean as baseline: ``group_normalize`` with one group and ``scale=False``; without
+the response's own share in it, ``leave_one_out`` with one group.
+REINFORCE++ (Hu 2025, arXiv 2501.03262): ``whiten`` of ``discounted_returns`` of KL-penalized rewards; its
+baseline form: ``whiten`` of ``group_normalize(scale=False)``, spread over the tokens.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ def gae(
 
     δ_t = r_t + γ·V_{t+1} - V_t and A_t = δ_t + γ·λ·A_{t+1}, t from the last valid token back to the first;
     returns R_t = A_t + V_t. V after the last valid token is ``bootstrap_value``, 0 by default: the episode
-    ended there. Schulman et al. 2016 (arXiv 1506.02438), (11), (16); report (9).
+    ended there. Schulman et al. 2016 (arXiv 1506.02438), (16); report (9).
 
     A scan of depth log₂ T in place of the loop over T. MOSS-RLHF runs that loop in its data loader; TRL runs
     it over the padded length and then whitens the advantages, which here is a step of its own.
@@ -80,11 +83,35 @@ def gae(
     return advantages, advantages + values
 
 
+def length_adaptive_lambda(mask: Tensor, *, alpha: float = 0.05) -> Tensor:
+    """λ = max(0, 1 - 1/(α·L)), L the valid tokens of the response: for ``gae(lam=...)``.
+
+    VAPO (Yue et al. 2025, arXiv 2504.05118), length-adaptive GAE: 1/(1 - λ), the reach of GAE, is the share α
+    of the response. Its decoupled GAE is two calls: advantages of ``gae(lam=this)``, returns of
+    ``gae(lam=1.0)``. MOSS-RLHF and TRL have one λ.
+
+    Args:
+        mask: [B,T] bool. alpha: above 0.
+    Returns:
+        [B,T] float32, one number a row.
+    Raises:
+        ValueError: a wrong shape or dtype, or ``alpha`` is not above 0.
+
+    >>> length_adaptive_lambda(torch.tensor([[True, True], [True, False]]), alpha=1.0)
+    tensor([[0.5000, 0.5000],
+            [0.0000, 0.0000]])
+    """
+    check_dims("mask", mask, "BT")
+    check_mask(mask, mask, "mask")
+    check_range("alpha", alpha, above=True)
+    lengths = mask.sum(1, keepdim=True).clamp(min=1)
+    return (1 - 1 / (alpha * lengths)).clamp(min=0).expand(mask.shape)
+
+
 def discounted_returns(rewards: Tensor, mask: Tensor, *, gamma: float = 1.0) -> Tensor:
     """Monte Carlo returns R_t = r_t + γ·R_{t+1}; with γ = 1 the reward still to come.
 
-    Sutton & Barto 2018, (3.9); with KL-penalized rewards these are the advantages of REINFORCE++
-    (Hu 2025, arXiv 2501.03262) before normalization.
+    Sutton & Barto 2018, (3.9). MOSS-RLHF has no such path; TRL's RLOO sums the KL into the score instead.
 
     Args:
         rewards: [B,T], units of reward. mask: [B,T] bool, right-padded. gamma: discount in [0,1].
@@ -106,7 +133,7 @@ def discounted_returns(rewards: Tensor, mask: Tensor, *, gamma: float = 1.0) -> 
 def leave_one_out(score: Tensor, group_id: Tensor) -> Tensor:
     """A_i = s_i - mean of the other scores of its group (RLOO).
 
-    Ahmadian et al. 2024 (arXiv 2402.14740), (8); Kool et al. 2019. In a group of one there is no other and
+    Ahmadian et al. 2024 (arXiv 2402.14740); Kool et al. 2019. In a group of one there is no other and
     the baseline is 0: A = s, still unbiased. TRL asks for equal groups laid out in order; here any ids do.
 
     Args:
@@ -150,6 +177,50 @@ def group_normalize(score: Tensor, group_id: Tensor, *, scale: bool = True, eps:
         return centred
     variance = torch.where(same, centred.square(), torch.zeros_like(centred)).sum(1) / (size - 1).clamp(min=1)
     return centred / (variance.sqrt() + eps)
+
+
+def optimal_baseline(score: Tensor, group_id: Tensor, lengths: Tensor) -> Tensor:
+    """A_i = s_i - Σ_j L_j·s_j / Σ_j L_j over its group, L the lengths of the responses (OPO).
+
+    Hao et al. 2025 (arXiv 2505.23585): the baseline of least variance where gradients of tokens are
+    uncorrelated. A group of one gives 0. MOSS-RLHF and TRL do not have it.
+
+    Args:
+        score: [B], units of reward. group_id: [B] int64. lengths: [B], valid tokens, at least 1 somewhere in
+            each group (a group without a token gives 0).
+    Returns:
+        [B], dtype of ``score``.
+    Raises:
+        ValueError: a wrong shape or dtype.
+
+    >>> optimal_baseline(torch.tensor([1.0, 4.0]), torch.tensor([0, 0]), torch.tensor([10, 20]))
+    tensor([-2.,  1.])
+    """
+    same, difference = _group_differences(score, group_id)
+    if lengths.shape != score.shape:
+        raise ValueError(f"lengths: got shape {list(lengths.shape)}, needs {list(score.shape)} as in score")
+    weights = torch.where(same, lengths.to(score.dtype), torch.zeros_like(score))
+    return (weights * difference).sum(1) / weights.sum(1).clamp(min=1)
+
+
+def greedy_baseline(score: Tensor, greedy_score: Tensor) -> Tensor:
+    """A_i = s_i - score of the greedy answer to the same prompt (ReMax).
+
+    Li et al. 2023 (arXiv 2310.10505). MOSS-RLHF and TRL do not have it.
+
+    Args:
+        score, greedy_score: [B], units of reward.
+    Returns:
+        [B].
+    Raises:
+        ValueError: a wrong shape or dtype.
+
+    >>> greedy_baseline(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 2.0]))
+    tensor([-1.,  1.])
+    """
+    check_floats(score=score, greedy_score=greedy_score)
+    check_dims("score", score, "B")
+    return score - greedy_score
 
 
 def _group_differences(score: Tensor, group_id: Tensor) -> tuple[Tensor, Tensor]:

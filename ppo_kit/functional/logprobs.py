@@ -16,8 +16,8 @@ from ppo_kit.functional.checks import check_floats, check_ids, check_range
 def token_log_probs(logits: Tensor, ids: Tensor) -> Tensor:
     """log π(id) = logit_id - log Σ_v exp(logit_v).
 
-    MOSS-RLHF and TRL compute it in the model's dtype; bfloat16 then drifts from the sampler by some 1e-2
-    nats.
+    With the ids of a text this is the LM term of the report's (17), negated: PTX is -log π, averaged by
+    ``token_mean``. TRL computes it in the model's dtype, where bfloat16 is off by some 1e-2 nats.
 
     Args:
         logits: [...,V], at the positions *before* the tokens. ids: [...] int64 in [0,V).

@@ -32,29 +32,6 @@ class Moments:
         variance = self.m2 / (self.count - 1).clamp(min=1)
         return torch.where(self.count < 2, torch.ones_like(variance), variance).sqrt()
 
-    def sums(self) -> Tensor:
-        """(Σ x, Σ x², n) stacked in dimension 0: what ranks may add up, unlike means.
-
-        >>> moments_of(torch.tensor([1.0, 3.0])).sums()
-        tensor([ 4., 10.,  2.], dtype=torch.float64)
-        """
-        total = self.count * self.mean
-        return torch.stack((total, self.m2 + total * self.mean, self.count))
-
-    @classmethod
-    def from_sums(cls, sums: Tensor) -> Moments:
-        """The moments whose :meth:`sums` these are.
-
-        >>> Moments.from_sums(torch.tensor([4.0, 10.0, 2.0])).mean
-        tensor(2., dtype=torch.float64)
-        """
-        if sums.ndim < 1 or sums.shape[0] != 3:
-            raise ValueError(f"sums: got shape {list(sums.shape)}, needs [3,...]: Σ x, Σ x², n")
-        total, squares, count = sums.double()
-        mean = total / count.clamp(min=1)
-        # Rounding can leave a constant stream slightly below 0, and the root of that is NaN.
-        return cls(count, mean, (squares - total * mean).clamp(min=0))
-
 
 def moments_of(x: Tensor, mask: Tensor | None = None) -> Moments:
     """Moments over the valid elements of ``x`` (all without a mask); of none: n = mean = m2 = 0.
@@ -82,8 +59,11 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
     n = n_a + n_b; d = mean_b - mean_a; mean = mean_a + d·n_b/n; m2 = m2_a + m2_b + d²·n_a·n_b/n.
 
     Chan, Golub & LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979),
-    (2.1). MOSS-RLHF's running moments use the same rule in float32 and start from a count of 1e-24, which is
-    where its σ of 7e11 comes from; an empty ``Moments`` is neutral here.
+    (2.1). An empty ``Moments`` is neutral. MOSS-RLHF runs the same rule in float32; its σ is 7e11 after a
+    constant first batch and infinite after a batch of one.
+
+    Args:
+        a, b: moments of one shape.
 
     >>> merge_moments(moments_of(torch.tensor([1.0])), moments_of(torch.tensor([3.0, 5.0]))).mean
     tensor(3., dtype=torch.float64)

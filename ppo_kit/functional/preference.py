@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ppo_kit.functional.checks import check_floats
+from ppo_kit.functional.checks import check_dims, check_floats, check_range
+from ppo_kit.functional.masked import masked_mean
 
 
 def pairwise_loss(chosen: Tensor, rejected: Tensor, *, margin: Tensor | None = None) -> Tensor:
@@ -30,3 +31,40 @@ def pairwise_loss(chosen: Tensor, rejected: Tensor, *, margin: Tensor | None = N
         check_floats(chosen=chosen, margin=margin)
         difference = difference - margin
     return torch.nn.functional.softplus(-difference)
+
+
+def reward_model_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    log_probs: Tensor,
+    mask: Tensor,
+    *,
+    lm_weight: float = 1.0,
+    margin: Tensor | None = None,
+) -> Tensor:
+    """pairwise_loss - lm_weight·(mean over the preferred answer's tokens of log r'(y_t)).
+
+    Report (2), where lm_weight is β_rm (1 in the report) and r' the language-model head of the reward model.
+    The equation has the log-probability of the whole answer; the mean over its tokens is what MOSS-RLHF's
+    code takes, and keeps a long answer from drowning the comparison. TRL has no LM term.
+
+    Args:
+        chosen, rejected: [N] scores. log_probs: [N,T] nats, of the preferred answer's tokens. mask: [N,T]
+            bool.
+        lm_weight: at least 0. margin: as in :func:`pairwise_loss`.
+    Returns:
+        [N] nats, one loss per pair.
+    Raises:
+        ValueError: a wrong shape or dtype, or a negative ``lm_weight``.
+
+    >>> scores, mask = torch.zeros(1), torch.tensor([[True, True, False]])
+    >>> reward_model_loss(scores, scores, torch.tensor([[-1.0, -3.0, -9.0]]), mask, lm_weight=0.5)
+    tensor([1.6931])
+    """
+    check_dims("chosen", chosen, "N")
+    check_floats(log_probs=log_probs)
+    check_dims("log_probs", log_probs, "NT")
+    if log_probs.shape[0] != chosen.shape[0]:
+        raise ValueError(f"log_probs: got shape {list(log_probs.shape)}, needs [{chosen.shape[0]},T]")
+    check_range("lm_weight", lm_weight)
+    return pairwise_loss(chosen, rejected, margin=margin) - lm_weight * masked_mean(log_probs, mask, 1)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ppo_kit.functional.checks import check_dims, check_floats, check_mask
+from ppo_kit.functional.checks import check_dims, check_floats, check_mask, check_range
 from ppo_kit.functional.masked import last_valid
 
 
 def place_score(score: Tensor, mask: Tensor) -> Tensor:
     """r_t = score where t is the last valid token, 0 elsewhere; an empty response gets nothing.
 
-    Report, section 3.2.1 (a reward for the whole response, given at its end). MOSS-RLHF, OpenRLHF and
-    DeepSpeed-Chat place it so; TRL and torchtune one slot later, on the first pad.
+    The r(x,y_i) of the report's (19). MOSS-RLHF, OpenRLHF and DeepSpeed-Chat place it so; TRL and torchtune
+    one slot later, on the first pad.
 
     Args:
         score: [B], in units of reward. mask: [B,T] bool.
@@ -33,3 +33,71 @@ def place_score(score: Tensor, mask: Tensor) -> Tensor:
     return torch.where(
         last_valid(mask), score[:, None], torch.zeros((), dtype=score.dtype, device=score.device)
     )
+
+
+def length_penalty(mask: Tensor, *, per_token: float, free: int = 0) -> Tensor:
+    """-per_token·max(0, L - free), L the response's valid tokens: add it to the score.
+
+    The linear cost of length (Singhal et al. 2023, arXiv 2310.03716, study it as a reward). Neither MOSS-RLHF
+    nor TRL's PPO has it.
+
+    Args:
+        mask: [B,T] bool. per_token: units of reward a token, at least 0. free: tokens that cost nothing.
+    Returns:
+        [B] float32, at most 0.
+    Raises:
+        ValueError: a wrong shape or dtype, or a negative number.
+
+    >>> length_penalty(torch.tensor([[True, True, True], [True, False, False]]), per_token=0.5, free=1)
+    tensor([-1.,  0.])
+    """
+    check_range("per_token", per_token)
+    check_range("free", free)
+    return per_token * (free - _lengths(mask)).clamp(max=0)
+
+
+def overlong_penalty(mask: Tensor, *, max_length: int, buffer: int) -> Tensor:
+    """0 up to max_length - buffer tokens, then a straight line down to -1 at max_length, and -1 beyond.
+
+    Yu et al. 2025 (arXiv 2503.14476, DAPO), (13): add it to the score. MOSS-RLHF and TRL do not have it.
+
+    Args:
+        mask: [B,T] bool. max_length: tokens. buffer: tokens of the ramp, in [1, max_length].
+    Returns:
+        [B] float32, in [-1, 0].
+    Raises:
+        ValueError: a wrong shape or dtype, or ``buffer`` out of its range.
+
+    >>> overlong_penalty(torch.tensor([[True] * 4, [True, True, True, False]]), max_length=4, buffer=2)
+    tensor([-1.0000, -0.5000])
+    """
+    check_range("buffer", buffer, 1, max_length)
+    return ((max_length - buffer - _lengths(mask)) / buffer).clamp(-1, 0)
+
+
+def missing_end_penalty(truncated: Tensor, *, penalty: float = 1.0) -> Tensor:
+    """-penalty for a response without an end-of-sequence token, 0 for the others: add it to the score.
+
+    TRL's ``missing_eos_penalty``; MOSS-RLHF has none.
+
+    Args:
+        truncated: [B] bool. penalty: units of reward, at least 0.
+    Returns:
+        [B] float32.
+    Raises:
+        ValueError: a wrong shape or dtype, or a negative ``penalty``.
+
+    >>> missing_end_penalty(torch.tensor([True, False]), penalty=0.5)
+    tensor([-0.5000,  0.0000])
+    """
+    check_range("penalty", penalty)
+    check_dims("truncated", truncated, "B")
+    if truncated.dtype != torch.bool:
+        raise ValueError(f"truncated: got {truncated.dtype}, needs torch.bool")
+    return torch.where(truncated, -penalty, 0.0)
+
+
+def _lengths(mask: Tensor) -> Tensor:
+    check_dims("mask", mask, "BT")
+    check_mask(mask, mask, "mask")
+    return mask.sum(1).float()

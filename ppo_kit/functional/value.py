@@ -34,7 +34,7 @@ def squared_value_loss(values: Tensor, returns: Tensor) -> Tensor:
 def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float = 0.2) -> Tensor:
     """½·max((V_t - R_t)², (clip(V_t, V_old - clip, V_old + clip) - R_t)²).
 
-    Report, section 5.3 (value function loss clipping); the form of OpenAI baselines' PPO2, MOSS-RLHF and TRL.
+    Report, Figure 5 (value loss clipping); the form of OpenAI baselines' PPO2, of MOSS-RLHF and of TRL.
 
     Args:
         values: [B,T], current critic. old_values: [B,T], critic at rollout. returns: [B,T].
@@ -53,3 +53,23 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, c
     old_values, returns = old_values.detach(), returns.detach()
     clipped = torch.clamp(values, old_values - clip, old_values + clip)
     return torch.maximum((values - returns).square(), (clipped - returns).square()) / 2
+
+
+def huber_value_loss(values: Tensor, returns: Tensor, *, delta: float = 1.0) -> Tensor:
+    """½·e² where |e| ≤ delta, else delta·(|e| - ½·delta), e = V_t - R_t.
+
+    Huber 1964; Mnih et al. 2015 for values. Neither MOSS-RLHF nor TRL has it.
+
+    Args:
+        values: [B,T], current critic. returns: [B,T], same units. delta: units of value, above 0.
+    Returns:
+        [B,T], units squared.
+    Raises:
+        ValueError: shapes differ, a dtype is not floating point, or ``delta`` is not above 0.
+
+    >>> huber_value_loss(torch.tensor([[0.5, 3.0]]), torch.zeros(1, 2))
+    tensor([[0.1250, 2.5000]])
+    """
+    check_floats(values=values, returns=returns)
+    check_range("delta", delta, above=True)
+    return torch.nn.functional.huber_loss(values, returns.detach(), reduction="none", delta=delta)
