@@ -1,0 +1,203 @@
+"""Checks that a component gives the same whatever the padding, the split and the order of rows.
+
+A *component* is anything that takes a batch and returns a TensorDict, a dict, a tensor or a tuple of tensors
+(every module of ``ppo_kit``); or, with ``inputs``, a function over the tensors at those keys. ``on`` is where
+the batches come from: a strategy, or one TensorDict of your own. A search is the same every time it runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+
+from ppo_kit.modules.minibatches import with_counts
+from ppo_kit.testing.component import Component, columns_of, first_difference
+from ppo_kit.testing.search import Batches, fail, search
+
+GARBAGE = (math.nan, math.inf, -math.inf, 1e9)
+ZERO_WHERE_MASKED = ("kl", "rewards", "advantages", "returns")
+
+
+def check_padding_invariance(
+    component: Callable[..., Any],
+    *,
+    inputs: Sequence[str] | None = None,
+    on: Batches | None = None,
+    max_examples: int = 50,
+    rtol: float = 1e-5,
+    atol: float = 1e-6,
+) -> None:
+    """Garbage in masked slots and more padding change no value at a valid slot and no gradient.
+
+    Masked slots of every input are filled with NaN, +inf, -inf and 1e9 in turn (ids with another id), with
+    one more column of padding on the right of responses and on the left of prompts. Compared are outputs
+    without a token dimension, the valid slots of those with one, and gradients, which must be 0 where masked.
+    The schema's kl, rewards, advantages and returns must also be 0 where masked.
+
+    Raises:
+        AssertionError: names the output, the input whose masked slots leaked, the garbage, and the slot.
+
+    >>> def mean_reward(rewards, mask):
+    ...     return (rewards * mask).sum() / mask.sum().clamp(min=1)  # NaN times 0 is NaN
+    >>> check_padding_invariance(mean_reward, inputs=["rewards", "response_mask"])
+    Traceback (most recent call last):
+    ...
+    AssertionError: mean_reward: 'output' depends on masked slots: nan in 'rewards'; nan instead of 0
+    smallest batch found: 1 row(s) of 1 token(s)
+      response_mask = [[0]]
+      rewards = [[0.0]]
+    """
+    part = Component(component, inputs)
+
+    def test(batch: TensorDictBase) -> None:
+        mask = batch["response_mask"]
+        expected, expected_grads = part.run(batch), part.gradients(batch)
+        for key in ZERO_WHERE_MASKED:
+            if key in expected and bool((expected[key] != 0)[~mask].any()):
+                fail(part, batch, f"{key!r} is not 0 in a masked slot")
+
+        def leak(garbage: float, only: Any = None) -> str | None:
+            dirty = _pad(batch, garbage, only)
+            for what, reference, found in (
+                ("", expected, part.run(dirty)),
+                ("the gradient for ", expected_grads, part.gradients(dirty)),
+            ):
+                for key, value in reference.items():
+                    got, valid = found[key], None
+                    if value.shape == mask.shape:
+                        if what and bool((got != 0)[~dirty["response_mask"]].any()):
+                            return f"{what}{key!r} depends on masked slots: {garbage}{{}}; not 0 where masked"
+                        got, valid = got[:, : mask.shape[1]], mask
+                    difference = first_difference(got, value, valid, rtol, atol)
+                    if difference:
+                        return f"{what}{key!r} depends on masked slots: {garbage}{{}}; {difference}"
+            return None
+
+        for garbage in GARBAGE:
+            fault = leak(garbage)
+            if fault:
+                keys = part.reads if part.reads is not None else list(batch.keys(True, True))
+                culprit = next((key for key in keys if leak(garbage, key)), None)
+                fail(part, batch, fault.format(f" in {culprit!r}" if culprit else " in several inputs"))
+
+    search(test, on, max_examples)
+
+
+def check_split_invariance(
+    component: Callable[..., Any],
+    *,
+    on: Batches | None = None,
+    max_examples: int = 50,
+    rtol: float = 1e-4,
+    atol: float = 1e-5,
+) -> None:
+    """The scalars and gradients of micro-batches add up to those of the whole batch, for every way to cut it.
+
+    The batch carries ``num_tokens`` and ``num_sequences`` (see ``ppo_kit.modules.minibatches``); a loss that
+    divides by what it counts itself fails. Ranks are micro-batches too.
+
+    Raises:
+        AssertionError: names the output or the input of the gradient, and the cut.
+
+    >>> from ppo_kit.functional import masked_mean
+    >>> def value_loss(batch):
+    ...     return {"loss_value": masked_mean(batch["values"] ** 2, batch["response_mask"])}
+    >>> check_split_invariance(value_loss)
+    Traceback (most recent call last):
+    ...
+    AssertionError: value_loss: 'loss_value' is not the sum over micro-batches of [1, 1] rows; ...
+    """
+    part = Component(component, None)
+
+    def test(batch: TensorDictBase) -> None:
+        whole = with_counts(batch.copy())
+        expected, expected_grads = part.run(whole), part.gradients(whole)
+        for key, value in expected.items():
+            if value.ndim:
+                fail(part, batch, f"{key!r} has shape {list(value.shape)}; only scalars can add up")
+        rows = len(whole)
+        for first in range(1, rows):
+            pieces = list(whole.split([first] + [1] * (rows - first)))
+            sizes = [len(piece) for piece in pieces]
+            parts, grads = [part.run(p) for p in pieces], [part.gradients(p) for p in pieces]
+            for key, value in expected.items():
+                difference = first_difference(
+                    torch.stack([p[key] for p in parts]).sum(0), value, None, rtol, atol
+                )
+                if difference:
+                    fail(
+                        part,
+                        batch,
+                        f"{key!r} is not the sum over micro-batches of {sizes} rows; {difference}",
+                    )
+            for key, value in expected_grads.items():
+                joined = torch.cat(
+                    [g.get(key, torch.zeros_like(p[key])) for g, p in zip(grads, pieces, strict=True)]
+                )
+                difference = first_difference(joined, value, None, rtol, atol)
+                if difference:
+                    fail(
+                        part,
+                        batch,
+                        f"the gradient for {key!r} changes with micro-batches of {sizes} rows; {difference}",
+                    )
+
+    search(test, on, max_examples)
+
+
+def check_row_order(
+    component: Callable[..., Any],
+    *,
+    inputs: Sequence[str] | None = None,
+    on: Batches | None = None,
+    max_examples: int = 50,
+    rtol: float = 1e-5,
+    atol: float = 1e-6,
+) -> None:
+    """Reversing the rows reverses outputs with a row dimension and leaves the others.
+
+    Raises:
+        AssertionError: names the output and the slot.
+
+    >>> check_row_order(lambda batch: batch["score"] - batch["score"][0])
+    Traceback (most recent call last):
+    ...
+    AssertionError: <lambda>: 'output' depends on the order of rows; at row 0: ...
+    """
+    part = Component(component, inputs)
+
+    def test(batch: TensorDictBase) -> None:
+        expected, found = part.run(batch), part.run(batch[torch.arange(len(batch)).flip(0)])
+        for key, value in expected.items():
+            got = found[key].flip(0) if value.ndim else found[key]
+            difference = first_difference(got, value, None, rtol, atol)
+            if difference:
+                fail(part, batch, f"{key!r} depends on the order of rows; {difference}")
+
+    search(test, on, max_examples)
+
+
+def _pad(batch: TensorDictBase, garbage: float, only: Any) -> TensorDictBase:
+    """One more column of padding, and garbage in every masked slot (of the key ``only``, if given)."""
+    masks = {"T": batch["response_mask"], "P": batch["prompt_mask"]}
+    out = batch.copy()
+    for key in batch.keys(True, True):
+        side = columns_of(batch, key)
+        if side is None:
+            continue
+        value = batch[key]
+        column = torch.zeros_like(value[:, :1])
+        ends = (value, column) if side == "T" else (column, value)
+        wide = torch.cat(ends, 1)
+        no = torch.zeros_like(masks[side][:, :1])
+        mask = torch.cat((masks[side], no) if side == "T" else (no, masks[side]), 1)
+        if value.dtype != torch.bool and only in (None, key):
+            mask = mask.view(*mask.shape, *[1] * (value.ndim - 2))
+            fill = garbage if value.is_floating_point() else 1
+            wide = torch.where(mask, wide, torch.full((), fill, dtype=value.dtype))
+        out.set(key, wide)
+    return out
