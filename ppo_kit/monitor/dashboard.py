@@ -28,7 +28,7 @@ from ppo_kit.monitor.curves import (
     smooth,
     window_of,
 )
-from ppo_kit.monitor.history import read_json, read_rows
+from ppo_kit.monitor.history import read_json, read_rows, series
 
 _SLATE = "#3B4A5A"
 _SHADES = LinearSegmentedColormap.from_list("shades", ["#FFFFFF", "#BBD7EA", "#5FA3CF", BLUE, "#06304D"])
@@ -52,9 +52,10 @@ def draw_dashboard(folder: Path, path: Path | None = None) -> Path:
     scores = {row["step"]: row["scores"] for row in read_rows(folder / "samples.jsonl")}
     figure = Figure(figsize=(13.2, 9.6), dpi=150, facecolor="white")
     # Fixed places, so that panels over the same steps line up.
-    vertical: dict[str, Any] = dict(top=0.875, bottom=0.065, hspace=0.26, height_ratios=[1.6, 1.25, 1.0])
-    wide = figure.add_gridspec(3, 2, left=0.045, right=0.635, wspace=0.17, **vertical)
-    side = figure.add_gridspec(3, 1, left=0.72, right=0.985, **vertical)
+    vertical = {"top": 0.875, "bottom": 0.065, "hspace": 0.26}
+    heights = [1.6, 1.25, 1.0]
+    wide = figure.add_gridspec(3, 2, left=0.052, right=0.635, wspace=0.17, height_ratios=heights, **vertical)
+    side = figure.add_gridspec(3, 1, left=0.72, right=0.985, height_ratios=heights, **vertical)
     _draw_header(figure, folder, rows)
     rewards = _draw_rewards(figure, wide[0, :], rows)
     spread = figure.add_subplot(wide[1, :], sharex=rewards)
@@ -74,13 +75,6 @@ def draw_dashboard(folder: Path, path: Path | None = None) -> Path:
     path = Path(path) if path is not None else folder / "dashboard.png"
     figure.savefig(path)
     return path
-
-
-def series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """(steps, values) of the metric ``name`` where it was logged; null is NaN."""
-    measured = [(row["step"], row[name]) for row in rows if name in row]
-    steps = np.array([step for step, _ in measured], dtype=float)
-    return steps, np.array([np.nan if value is None else value for _, value in measured], dtype=float)
 
 
 def _draw_panel(axes: Axes, rows: Sequence[Mapping[str, Any]], name: str, *, color: str) -> None:
@@ -169,7 +163,7 @@ def _draw_header(figure: Figure, folder: Path, rows: Sequence[Mapping[str, Any]]
     done, planned = (rows[-1]["step"] if rows else 0), settings.get("steps")
     progress = f"{done} steps" if planned in (None, done) else f"{done} of {planned} steps"
     title = config.get("name", folder.name)
-    figure.text(0.045, 0.975, title, fontsize=18, fontweight="bold", color=INK, va="top")
+    figure.text(0.052, 0.975, title, fontsize=18, fontweight="bold", color=INK, va="top")
     facts = [f"seed {config['seed']}"] if "seed" in config else []
     names = [name for name in _PREFERRED if name in settings]
     names += [name for name in config.get("changed", {}) if name not in {*names, "seed", "steps", "out"}]
@@ -177,7 +171,7 @@ def _draw_header(figure: Figure, folder: Path, rows: Sequence[Mapping[str, Any]]
     window = window_of(len(rows))
     if window > 1:
         facts.append(f"bold: mean over {window} steps")
-    figure.text(0.045, 0.933, "  ·  ".join(facts), fontsize=9.5, color="#595959", va="top")
+    figure.text(0.052, 0.933, "  ·  ".join(facts), fontsize=9.5, color="#595959", va="top")
     before, after = summary.get("before", {}), summary.get("after", {})
     held_out = [
         f"{what} {before[name]:.{digits}f} → {after[name]:.{digits}f}"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -31,3 +34,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def read_json(path: Path) -> dict[str, Any]:
     """The object of a ``.json`` file; {} when there is no file."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """(steps, values) of the metric ``name`` where it was logged; null is NaN."""
+    measured = [(row["step"], row[name]) for row in rows if name in row]
+    steps = np.array([step for step, _ in measured], dtype=float)
+    return steps, np.array([np.nan if value is None else value for _, value in measured], dtype=float)

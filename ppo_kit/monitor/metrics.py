@@ -6,11 +6,14 @@ Every average is one sum over one count, over all valid tokens or all responses 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Mapping
 
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
+
+from ppo_kit.modules.moments import Reduce, identity, reduced_moments
 
 METRICS: dict[str, str] = {
     "step": "PPO step, counted from 1",
@@ -44,15 +47,8 @@ METRICS: dict[str, str] = {
 }
 """Name -> what it is, and its unit. The order is that of ``metrics.jsonl``; other names are refused there."""
 
-Reduce = Callable[[Tensor], Tensor]
-"""Sums a stacked float64 tensor over ranks; on one rank, the identity."""
 
-
-def _identity(stacked: Tensor) -> Tensor:
-    return stacked
-
-
-def rollout_metrics(batch: TensorDictBase, *, reduce: Reduce = _identity) -> dict[str, float]:
+def rollout_metrics(batch: TensorDictBase, *, reduce: Reduce = identity) -> dict[str, float]:
     """The metrics that a finished rollout ``batch`` [B] determines, by the names of ``METRICS``.
 
     Read where present: ``score``, ``gold_score`` [B]; ``truncated`` [B]; ``kl``, ``old_log_probs``,
@@ -63,7 +59,7 @@ def rollout_metrics(batch: TensorDictBase, *, reduce: Reduce = _identity) -> dic
     - perplexity = exp(-Σ old_log_probs / M)
     - explained_variance = 1 - Var(returns - old_values) / Var(returns), NaN where the returns do not vary
 
-    ``reduce`` gets float64 [K,3], rows of (sum, sum of squares, count), and returns their sums over ranks.
+    ``reduce`` sums a float64 tensor over ranks, which all need the same keys: it is called for each.
 
     Raises ``ValueError`` when ``response_mask`` is missing or a quantity has another shape than its mask.
 
@@ -95,31 +91,28 @@ def rollout_metrics(batch: TensorDictBase, *, reduce: Reduce = _identity) -> dic
         quantities["old_log_probs"] = batch["old_log_probs"]
         if "ref_log_probs" in keys:
             quantities.setdefault("kl", batch["old_log_probs"] - batch["ref_log_probs"])
-    sums = reduce(torch.stack([_sums(name, x, mask) for name, x in quantities.items()]))
-    total, squares, count = sums.unbind(1)
-    mean = dict(zip(quantities, (total / count).tolist(), strict=True))
+    moments = {
+        name: reduced_moments(x, _valid(name, x, mask), reduce=reduce) for name, x in quantities.items()
+    }
+    # The moments of nothing are zeros; the mean of nothing is not.
+    mean = {name: float(each.mean) if each.count > 0 else math.nan for name, each in moments.items()}
     if "old_log_probs" in mean:
-        mean["perplexity"] = float(torch.exp(torch.tensor(-mean["old_log_probs"], dtype=torch.float64)))
-    if "residual" in mean:
-        second = dict(zip(quantities, (squares / count).tolist(), strict=True))
-        variance = second["returns"] - mean["returns"] ** 2
+        mean["perplexity"] = float(torch.tensor(-mean["old_log_probs"], dtype=torch.float64).exp())
+    if "residual" in moments:
+        returns, residual = moments["returns"], moments["residual"]
         # Below this the returns differ by float32 rounding only, and the quotient would be noise.
-        defined = variance > 1e-12 * second["returns"]
-        residual = second["residual"] - mean["residual"] ** 2
-        mean["explained_variance"] = 1 - residual / variance if defined else float("nan")
+        varies = returns.m2 > 1e-12 * returns.count * returns.mean**2
+        mean["explained_variance"] = float(1 - residual.m2 / returns.m2) if varies else math.nan
     return {name: mean[name] for name in METRICS if name in mean}
 
 
-def _sums(name: str, x: Tensor, mask: Tensor) -> Tensor:
-    """(Σ x, Σ x², count) in float64 over valid tokens for [B,T], over responses for [B]."""
-    if x.ndim == 2:
-        if x.shape != mask.shape:
-            raise ValueError(f"{name}: got shape {list(x.shape)}, needs {list(mask.shape)} as response_mask")
-        x = x[mask]
-    elif x.shape != mask.shape[:1]:
-        raise ValueError(f"{name}: got shape {list(x.shape)}, needs [{mask.shape[0]}] or the mask's")
-    x = x.detach().double()
-    return torch.stack([x.sum(), (x * x).sum(), x.new_tensor(x.numel())])
+def _valid(name: str, x: Tensor, mask: Tensor) -> Tensor:
+    """Which elements of ``x`` count: the valid tokens of [B,T], all responses of [B]."""
+    if x.shape == mask.shape:
+        return mask
+    if x.shape != mask.shape[:1]:
+        raise ValueError(f"{name}: got shape {list(x.shape)}, needs {list(mask.shape)} or [{mask.shape[0]}]")
+    return torch.ones_like(x, dtype=torch.bool)
 
 
 class Averages:
@@ -149,8 +142,8 @@ class Averages:
         if isinstance(weight, int | float) and not weight >= 0:
             raise ValueError(f"weight: got {weight}, needs a number >= 0")
         for name, value in metrics.items():
-            x = torch.as_tensor(value).detach().double()
-            w = torch.as_tensor(weight, device=x.device).detach().double()
+            x = torch.as_tensor(value, dtype=torch.float64).detach()
+            w = torch.as_tensor(weight, dtype=torch.float64, device=x.device).detach()
             if x.ndim or w.ndim:
                 raise ValueError(
                     f"{name}: got shape {list(x.shape)} with weight {list(w.shape)}, needs scalars"
@@ -158,7 +151,7 @@ class Averages:
             term = torch.stack([torch.where(w > 0, x * w, 0.0), w])
             self._sums[name] = self._sums[name] + term if name in self._sums else term
 
-    def means(self, *, reduce: Reduce = _identity) -> dict[str, float]:
+    def means(self, *, reduce: Reduce = identity) -> dict[str, float]:
         """The means so far; NaN for a name whose weights sum to 0.
 
         ``reduce`` gets float64 [K,2], rows of (Σ w x, Σ w), and returns their sums over ranks.

@@ -1,0 +1,36 @@
+"""The check that the policy which is trained is the policy that sampled."""
+
+from __future__ import annotations
+
+import torch
+from tensordict import TensorDictBase
+
+
+def check_first_ratio(minibatch: TensorDictBase, *, tolerance: float = 1e-2) -> float:
+    """max |log π − log π_old| over valid tokens, or an error where it exceeds ``tolerance``.
+
+    Before the first optimizer step of an update the two are one policy, and the ratio is 1 up to rounding.
+    Where it is not, sampling and scoring differ: a mask, position ids, dropout, temperature or precision.
+
+    Args:
+        minibatch: log_probs, old_log_probs, response_mask, response_ids [B,T].
+        tolerance: in nats. Float32 stays below 1e-3; bfloat16 compute needs more.
+
+    Raises:
+        ValueError: a valid token differs by more, or is not finite; the text names the first.
+    """
+    mask = minibatch["response_mask"]
+    drift = torch.where(mask, minibatch["log_probs"] - minibatch["old_log_probs"], 0.0).detach().abs()
+    # A NaN fails every comparison, so ask what is within, not what is outside.
+    outside = ~(drift <= tolerance)
+    if bool(outside.any()):
+        row, slot = outside.nonzero()[0].tolist()
+        raise ValueError(
+            f"the ratio before the first optimizer step is not 1: row {row}, token {slot} "
+            f"(id {int(minibatch['response_ids'][row, slot])}) has log π "
+            f"{float(minibatch['log_probs'][row, slot]):.5f} and was sampled with log π_old "
+            f"{float(minibatch['old_log_probs'][row, slot]):.5f} (tolerance {tolerance}; {int(outside.sum())} of "
+            f"{int(mask.sum())} tokens differ). Sampling and scoring are not the same policy: look at masks, "
+            "position ids, dropout, temperature, dtype"
+        )
+    return float(drift.max())
