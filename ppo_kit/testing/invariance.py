@@ -18,7 +18,7 @@ from ppo_kit.modules.minibatches import with_counts
 from ppo_kit.testing.component import Component, columns_of, first_difference
 from ppo_kit.testing.search import Batches, fail, search
 
-GARBAGE = (math.nan, math.inf, -math.inf, 1e9)
+GARBAGE = (0.0, math.nan, math.inf, -math.inf, 1e9)
 ZERO_WHERE_MASKED = ("kl", "rewards", "advantages", "returns")
 
 
@@ -33,10 +33,10 @@ def check_padding_invariance(
 ) -> None:
     """Garbage in masked slots and more padding change no value at a valid slot and no gradient.
 
-    Masked slots of every input are filled with NaN, +inf, -inf and 1e9 in turn (ids with another id), with
-    one more column of padding on the right of responses and on the left of prompts. Compared are outputs
-    without a token dimension, the valid slots of those with one, and gradients, which must be 0 where masked.
-    The schema's kl, rewards, advantages and returns must also be 0 where masked.
+    One more column of padding is added on the right of responses and on the left of prompts, and masked slots
+    of every input are filled with 0, NaN, +inf, -inf and 1e9 in turn (ids with another id). Compared are
+    outputs without a token dimension, the valid slots of those with one, and gradients, which must be 0 where
+    masked. The schema's kl, rewards, advantages and returns must also be 0 where masked.
 
     Raises:
         AssertionError: names the output, the input whose masked slots leaked, the garbage, and the slot.
@@ -60,7 +60,7 @@ def check_padding_invariance(
             if key in expected and bool((expected[key] != 0)[~mask].any()):
                 fail(part, batch, f"{key!r} is not 0 in a masked slot")
 
-        def leak(garbage: float, only: Any = None) -> str | None:
+        def leak(garbage: float, only: Any = None) -> tuple[str, str] | None:
             dirty = _pad(batch, garbage, only)
             for what, reference, found in (
                 ("", expected, part.run(dirty)),
@@ -70,19 +70,23 @@ def check_padding_invariance(
                     got, valid = found[key], None
                     if value.shape == mask.shape:
                         if what and bool((got != 0)[~dirty["response_mask"]].any()):
-                            return f"{what}{key!r} depends on masked slots: {garbage}{{}}; not 0 where masked"
+                            return f"{what}{key!r}", "not 0 where masked"
                         got, valid = got[:, : mask.shape[1]], mask
                     difference = first_difference(got, value, valid, rtol, atol)
                     if difference:
-                        return f"{what}{key!r} depends on masked slots: {garbage}{{}}; {difference}"
+                        return f"{what}{key!r}", difference
             return None
 
         for garbage in GARBAGE:
             fault = leak(garbage)
+            if fault and not garbage:
+                fail(part, batch, f"{fault[0]} depends on the amount of padding; {fault[1]}")
             if fault:
                 keys = part.reads if part.reads is not None else list(batch.keys(True, True))
                 culprit = next((key for key in keys if leak(garbage, key)), None)
-                fail(part, batch, fault.format(f" in {culprit!r}" if culprit else " in several inputs"))
+                what = garbage if culprit is None or batch[culprit].is_floating_point() else "another id"
+                where = "several inputs" if culprit is None else repr(culprit)
+                fail(part, batch, f"{fault[0]} depends on masked slots: {what} in {where}; {fault[1]}")
 
     search(test, on, max_examples)
 
@@ -197,7 +201,7 @@ def _pad(batch: TensorDictBase, garbage: float, only: Any) -> TensorDictBase:
         mask = torch.cat((masks[side], no) if side == "T" else (no, masks[side]), 1)
         if value.dtype != torch.bool and only in (None, key):
             mask = mask.view(*mask.shape, *[1] * (value.ndim - 2))
-            fill = garbage if value.is_floating_point() else 1
+            fill = garbage if value.is_floating_point() else int(garbage != 0)
             wide = torch.where(mask, wide, torch.full((), fill, dtype=value.dtype))
         out.set(key, wide)
     return out
