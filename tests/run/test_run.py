@@ -1,0 +1,192 @@
+"""One folder, one run: where it goes, what it holds, and that resuming it changes nothing."""
+
+import dataclasses
+import json
+import math
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from ppo_kit.run import Run
+
+
+def rows(path):
+    return [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch):
+    monkeypatch.setattr("ppo_kit.run.run.draw_dashboard", lambda folder: None)
+
+
+def test_the_default_command_twice_makes_two_folders(toy):
+    folders = [toy.train(toy.ToySettings()).folder for _ in range(3)]
+    assert folders == [Path("runs/toy-seed0"), Path("runs/toy-seed0-2"), Path("runs/toy-seed0-3")]
+    contents = [(folder / "metrics.jsonl").read_bytes() for folder in folders]
+    assert contents[0] == contents[1] == contents[2]
+    assert toy.train(toy.ToySettings(seed=1)).folder == Path("runs/toy-seed1")
+    assert Path("runs/toy-seed1/metrics.jsonl").read_bytes() != contents[0]
+
+
+def test_what_a_run_leaves_behind(toy):
+    run = toy.train(toy.ToySettings(out=Path("deep/er"), lr=0.2))
+    config = json.loads((run.folder / "config.json").read_text())
+    assert config["settings"] == {
+        "out": "deep/er",
+        "seed": 0,
+        "threads": 1,
+        "steps": 6,
+        "resume": False,
+        "checkpoint_every": 2,
+        "lr": 0.2,
+    }
+    assert config["changed"] == {"out": "deep/er", "lr": 0.2}
+    assert config["seed"] == 0
+    assert set(config["versions"]) == {"python", "torch", "transformers", "tensordict", "ppo-kit"}
+    assert config["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert {"git", "platform"} <= set(config)
+    metrics = rows(run.folder / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == [1, 2, 3, 4, 5, 6]
+    assert list(metrics[0]) == ["step", "score", "kl", "tokens_per_second"]
+    samples = rows(run.folder / "samples.jsonl")
+    assert [len(row["scores"]) for row in samples] == [3] * 6
+    assert samples[0]["samples"][0]["response"] == "é"
+    summary = json.loads((run.folder / "summary.json").read_text())
+    seconds = summary.pop("seconds")
+    assert seconds >= 0
+    assert summary == {
+        "before": {"score": -1.0, "kl": 0.0},
+        "after": {"score": 1.0, "kl": 0.5},
+        "steps": 6,
+        "steps_planned": 6,
+        "interrupted": False,
+    }
+    assert run.exit_code == 0
+    assert torch.get_num_threads() == 1
+
+
+def test_a_folder_that_holds_something_is_never_mixed_with_a_run(toy):
+    toy.train(toy.ToySettings(out=Path("mine")))
+    before = Path("mine/metrics.jsonl").read_bytes()
+    with pytest.raises(FileExistsError, match=r"mine already holds a run: .*--resume.*--out"):
+        Run(toy.ToySettings(out=Path("mine")), name="toy")
+    assert Path("mine/metrics.jsonl").read_bytes() == before
+    Path("thesis").mkdir()
+    Path("thesis/chapter.tex").touch()
+    for taken in ("thesis", "thesis/chapter.tex"):
+        with pytest.raises(FileExistsError, match="not an empty folder"):
+            Run(toy.ToySettings(out=Path(taken)), name="toy")
+
+
+@pytest.mark.parametrize("name", ["../escape", "a/b", "", ".", "..", "a\n", "/abs"])
+def test_names_stay_in_the_runs_folder(toy, name):
+    with pytest.raises(ValueError, match="name: got"):
+        Run(toy.ToySettings(), name=name)
+    assert not list(Path().iterdir())
+
+
+def test_settings_that_mean_nothing_are_refused(toy):
+    with pytest.raises(ValueError, match="threads=0"):
+        Run(toy.ToySettings(threads=0), name="toy")
+
+
+@pytest.mark.parametrize("out", [None, Path("here")])
+def test_a_resumed_run_equals_an_uninterrupted_one(toy, out):
+    whole = toy.train(toy.ToySettings(out=Path("whole"), steps=9)).folder
+    settings = toy.ToySettings(out=out, steps=9)
+    with pytest.raises(OSError, match="the machine is gone"):
+        toy.train(settings, die_after=7)
+    folder = out or Path("runs/toy-seed0")
+    assert len(rows(folder / "metrics.jsonl")) == 7
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "sc')
+    resumed = toy.train(dataclasses.replace(settings, resume=True)).folder
+    assert resumed == folder
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert (resumed / name).read_bytes() == (whole / name).read_bytes()
+    states = [torch.load(each / "checkpoints/step-000009/state.pt") for each in (whole, resumed)]
+    assert torch.equal(states[0]["state"]["weight"], states[1]["state"]["weight"])
+    assert torch.equal(states[0]["run"]["generators"]["sampling"], states[1]["run"]["generators"]["sampling"])
+    config = json.loads((resumed / "config.json").read_text())
+    assert config["resumed_from"]["settings"]["resume"] is False
+
+
+def test_resume_goes_on_with_more_steps_but_not_with_another_setting(toy):
+    toy.train(toy.ToySettings(out=Path("a"), steps=3))
+    more = toy.ToySettings(out=Path("a"), steps=5, resume=True)
+    with pytest.raises(ValueError, match=r"lr was 0\.1 and is 0\.5"):
+        Run(dataclasses.replace(more, lr=0.5), name="toy")
+    Run(dataclasses.replace(more, lr=0.5), name="toy", may_change=["lr"])
+    toy.train(dataclasses.replace(more, lr=0.5))
+    assert [row["step"] for row in rows(Path("a/metrics.jsonl"))] == [1, 2, 3, 4, 5]
+
+
+def test_resume_needs_something_to_resume(toy):
+    with pytest.raises(FileNotFoundError, match=r"runs/toy-seed0.*--out"):
+        Run(toy.ToySettings(resume=True), name="toy")
+    with pytest.raises(FileNotFoundError, match="nowhere holds no run"):
+        Run(toy.ToySettings(out=Path("nowhere"), resume=True), name="toy")
+    with pytest.raises(OSError, match="gone"):
+        toy.train(toy.ToySettings(out=Path("early")), die_after=1)
+    with pytest.raises(FileNotFoundError, match="early saved no checkpoint"):
+        Run(toy.ToySettings(out=Path("early"), resume=True), name="toy")
+    toy.train(toy.ToySettings())
+    run = Run(toy.ToySettings(resume=True), name="toy")
+    with pytest.raises(RuntimeError, match="call load_checkpoint"):
+        next(run.steps())
+
+
+def test_without_resume_the_last_default_folder_is_not_touched_and_with_it_the_last_is_taken(toy):
+    toy.train(toy.ToySettings(steps=2))
+    toy.train(toy.ToySettings(steps=2))
+    assert Run(toy.ToySettings(resume=True), name="toy").folder == Path("runs/toy-seed0-2")
+
+
+def test_metrics_keep_to_their_names_and_steps(toy):
+    run = Run(toy.ToySettings(), name="toy")
+    with pytest.raises(ValueError, match=r"got \['reward'\]; the names are \['step', 'score'"):
+        run.log(1, {"reward": 1.0})
+    run.log(1, {"score": 1.0})
+    with pytest.raises(ValueError, match="step: got 1, needs more than 1"):
+        run.log(1, {"score": 1.0})
+
+
+def test_nan_is_null_in_strict_json_and_is_announced_once(toy, capsys):
+    run = Run(toy.ToySettings(), name="toy")
+    with run:
+        for step in run.steps():
+            run.log(step, {"score": torch.tensor(0.5), "value_loss": math.nan, "ratio": math.inf})
+    assert rows(run.folder / "metrics.jsonl")[0] == {
+        "step": 1,
+        "score": 0.5,
+        "value_loss": None,
+        "ratio": None,
+    }
+    assert capsys.readouterr().out.count("value_loss is nan") == 1
+
+
+def test_scores_default_to_those_of_the_rows(toy):
+    run = Run(toy.ToySettings(), name="toy")
+    run.sample(1, [{"score": 0.123456, "text": "x"}, {"text": "y"}])
+    assert rows(run.folder / "samples.jsonl")[0]["scores"] == [0.1235]
+
+
+def test_generators_differ_by_name_and_by_seed(toy):
+    def draw(seed, name):
+        return torch.rand(4, generator=Run(toy.ToySettings(seed=seed), name="toy").generator(name)).tolist()
+
+    assert draw(0, "a") == draw(0, "a")
+    assert draw(0, "a") != draw(0, "b")
+    assert draw(0, "a") != draw(1, "a")
+
+
+def test_config_knows_the_git_revision(toy, tmp_path, monkeypatch):
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+    subprocess.run(["git", *identity, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
+    monkeypatch.setattr("sys.argv", [str(tmp_path / "recipe.py")])
+    config = json.loads((Run(toy.ToySettings(), name="toy").folder / "config.json").read_text())
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    assert config["git"] == head.stdout.strip()
