@@ -74,7 +74,8 @@ def gae(
     decay: float | Tensor
     if isinstance(lam, Tensor):
         check_floats(rewards=rewards, lam=lam)
-        decay = gamma * zero_masked(lam.to(values.dtype), mask)
+        # In float64: the rounding of one λ is multiplied with the number of factors, up to T.
+        decay = gamma * zero_masked(lam.double(), mask)
     else:
         check_range("lam", lam, 0.0, 1.0)
         decay = gamma * lam
@@ -245,7 +246,7 @@ def _reverse_scan(x: Tensor, decay: float | Tensor) -> Tensor:
     while stride < x.shape[1]:
         head, tail = x[:, :-stride], x[:, stride:]
         if isinstance(decay, Tensor):
-            x = torch.cat((torch.addcmul(head, decay[:, :-stride], tail), x[:, -stride:]), 1)
+            x = torch.cat((torch.addcmul(head, decay[:, :-stride].to(x.dtype), tail), x[:, -stride:]), 1)
             # The decays of the last slots reach past the end, where there is nothing to multiply.
             decay = torch.cat((decay[:, :-stride] * decay[:, stride:], decay[:, -stride:]), 1)
         else:

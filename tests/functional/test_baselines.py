@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import statistics
+
+import pytest
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ppo_kit.functional import greedy_baseline, group_normalize, leave_one_out, optimal_baseline
+
+from .cases import assert_row_order_invariant, property_test
+
+groups = st.lists(
+    st.tuples(st.integers(-2, 2), st.floats(-5, 5), st.integers(1, 9)), min_size=1, max_size=8
+).map(
+    lambda rows: (
+        torch.tensor([r[1] for r in rows], dtype=torch.float64),
+        torch.tensor([r[0] for r in rows]),
+        torch.tensor([r[2] for r in rows]),
+    )
+)
+
+
+def peers_of(i: int, score: Tensor, group_id: Tensor) -> list[float]:
+    return [s for s, g in zip(score.tolist(), group_id.tolist(), strict=True) if g == group_id[i]]
+
+
+@property_test(groups=groups)
+def test_leave_one_out_is_the_loop(groups: tuple[Tensor, Tensor, Tensor]) -> None:
+    score, group_id, _ = groups
+    for i, advantage in enumerate(leave_one_out(score, group_id).tolist()):
+        peers = peers_of(i, score, group_id)
+        others = sum(peers) - score[i].item()
+        baseline = others / (len(peers) - 1) if len(peers) > 1 else 0.0
+        assert advantage == pytest.approx(score[i].item() - baseline, abs=1e-9)
+
+
+@property_test(groups=groups)
+def test_group_normalize_is_the_loop(groups: tuple[Tensor, Tensor, Tensor]) -> None:
+    score, group_id, _ = groups
+    scaled, plain = group_normalize(score, group_id), group_normalize(score, group_id, scale=False)
+    for i in range(len(score)):
+        peers = peers_of(i, score, group_id)
+        centred = score[i].item() - statistics.fmean(peers)
+        std = statistics.stdev(peers) if len(peers) > 1 else 0.0
+        assert plain[i].item() == pytest.approx(centred, abs=1e-9)
+        assert scaled[i].item() == pytest.approx(centred / (std + 1e-6), abs=1e-6)
+
+
+@property_test(groups=groups)
+def test_optimal_baseline_is_the_loop(groups: tuple[Tensor, Tensor, Tensor]) -> None:
+    score, group_id, lengths = groups
+    for i, advantage in enumerate(optimal_baseline(score, group_id, lengths).tolist()):
+        rows = [j for j in range(len(score)) if group_id[j] == group_id[i]]
+        baseline = sum(lengths[j] * score[j] for j in rows) / sum(lengths[j] for j in rows)
+        assert advantage == pytest.approx((score[i] - baseline).item(), abs=1e-9)
+
+
+@property_test(groups=groups, seed=st.integers(0, 99))
+def test_row_order_changes_nothing(groups: tuple[Tensor, Tensor, Tensor], seed: int) -> None:
+    assert_row_order_invariant(leave_one_out, groups[:2], seed)
+    assert_row_order_invariant(group_normalize, groups[:2], seed)
+    assert_row_order_invariant(optimal_baseline, groups, seed)
+
+
+@property_test(scores=st.lists(st.floats(-5, 5), min_size=2, max_size=6))
+def test_identities_between_baselines(scores: list[float]) -> None:
+    score = torch.tensor(scores, dtype=torch.float64)
+    one_group, size = torch.zeros(len(scores), dtype=torch.long), len(scores)
+    dr_grpo = group_normalize(score, one_group, scale=False)
+    torch.testing.assert_close(leave_one_out(score, one_group), dr_grpo * size / (size - 1))
+    torch.testing.assert_close(dr_grpo, score - score.mean())  # REINFORCE with the batch's mean
+    torch.testing.assert_close(optimal_baseline(score, one_group, torch.full((size,), 7)), dr_grpo)
+    assert dr_grpo.sum().item() == pytest.approx(0, abs=1e-9)
+    shifted = leave_one_out(score + 3, one_group)
+    torch.testing.assert_close(shifted, leave_one_out(score, one_group))
+
+
+def test_a_group_of_one() -> None:
+    score, alone = torch.tensor([0.3, -2.0]), torch.tensor([5, 8])
+    assert torch.equal(leave_one_out(score, alone), score)
+    assert not group_normalize(score, alone).any()
+    assert not optimal_baseline(score, alone, torch.tensor([3, 4])).any()
+
+
+def test_equal_scores_have_no_advantage_however_they_round() -> None:
+    """Subtracting a rounded mean leaves 1e-8, which a division by eps makes a signal."""
+    score, group_id = torch.full((7,), 10.1), torch.zeros(7, dtype=torch.long)
+    assert not group_normalize(score, group_id, eps=1e-12).any()
+    assert not leave_one_out(score, group_id).any()
+
+
+def test_eps_is_added_to_the_deviation() -> None:
+    score = torch.tensor([0.0, 2.0])
+    spread = 2**0.5
+    got = group_normalize(score, torch.zeros(2, dtype=torch.long), eps=1.0)
+    assert got.tolist() == pytest.approx([-1 / (spread + 1), 1 / (spread + 1)])
+
+
+def test_other_groups_cannot_leak_in() -> None:
+    """Not even NaN: a failed score spoils its own group only."""
+    score, group_id = torch.tensor([1.0, 3.0, float("nan"), 2.0]), torch.tensor([0, 0, 1, 1])
+    for advantages in (
+        leave_one_out(score, group_id),
+        group_normalize(score, group_id),
+        optimal_baseline(score, group_id, torch.ones(4, dtype=torch.long)),
+    ):
+        assert advantages[:2].isfinite().all()
+        assert advantages[2:].isnan().all()
+
+
+def test_a_group_without_a_token_has_no_advantage() -> None:
+    got = optimal_baseline(torch.tensor([1.0, 2.0]), torch.tensor([0, 0]), torch.tensor([0, 0]))
+    assert got.tolist() == [0.0, 0.0]
+
+
+def test_leave_one_out_is_unbiased_over_a_small_world() -> None:
+    """Over all pairs of draws, E[A_i ∇log π(y_i)] = ∇E[score]; a baseline with the own score is not."""
+    logits = torch.tensor([0.3, -0.2, 0.9], dtype=torch.float64, requires_grad=True)
+    score = torch.tensor([1.0, 5.0, -2.0], dtype=torch.float64)
+    probs = logits.softmax(0)
+    (expected,) = torch.autograd.grad((probs * score).sum(), logits, retain_graph=True)
+    surrogate = torch.zeros((), dtype=torch.float64)
+    for i in range(3):
+        for j in range(3):
+            advantage = leave_one_out(score[[i, j]], torch.zeros(2, dtype=torch.long))
+            weight = (probs[i] * probs[j]).detach()
+            surrogate = surrogate + weight * (advantage * probs[[i, j]].log()).mean()
+    (gradient,) = torch.autograd.grad(surrogate, logits)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_greedy_baseline_is_the_difference() -> None:
+    assert greedy_baseline(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 0.5])).tolist() == [-2.0, 1.5]
+
+
+def test_bad_input_is_named() -> None:
+    score, group_id = torch.ones(3), torch.zeros(3, dtype=torch.long)
+    for fn in (leave_one_out, group_normalize, lambda s, g: optimal_baseline(s, g, group_id)):
+        with pytest.raises(ValueError, match=r"^score: got torch.int64, needs a floating-point tensor"):
+            fn(group_id, group_id)
+        with pytest.raises(ValueError, match=r"^score: got shape \[3, 1\], needs \[B\]"):
+            fn(score[:, None], group_id)
+        with pytest.raises(ValueError, match=r"^group_id: got torch.float32, needs torch.int64"):
+            fn(score, score)
+        with pytest.raises(ValueError, match=r"^group_id: got shape \[2\], needs \[3\]"):
+            fn(score, group_id[:2])
+    with pytest.raises(ValueError, match=r"^eps: got -1, needs a number in \[0, inf\)"):
+        group_normalize(score, group_id, eps=-1)
+    with pytest.raises(ValueError, match=r"^lengths: got shape \[2\], needs \[3\] as in score"):
+        optimal_baseline(score, group_id, group_id[:2])
+    with pytest.raises(ValueError, match=r"^greedy_score: got shape \[2\], needs \[3\] as in score"):
+        greedy_baseline(score, score[:2])
+    with pytest.raises(ValueError, match=r"^score: got shape \[3, 1\], needs \[B\]"):
+        greedy_baseline(score[:, None], score[:, None])
