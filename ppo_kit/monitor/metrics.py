@@ -151,6 +151,18 @@ class Averages:
             term = torch.stack([torch.where(w > 0, x * w, 0.0), w])
             self._sums[name] = self._sums[name] + term if name in self._sums else term
 
+    def add_shares(self, out: Mapping[str, Tensor], piece: TensorDictBase) -> None:
+        """Count what a loss module returned for ``piece``, ``loss_policy`` under the name ``policy_loss``.
+
+        The module's outputs are shares: sums over the piece's tokens over the tokens of the whole minibatch
+        (``num_tokens``), so those of the pieces add up to the minibatch's mean.
+        """
+        tokens, whole = piece["response_mask"].sum(), piece["num_tokens"][0]
+        for key, value in out.items():
+            name = f"{key.removeprefix('loss_')}_loss" if key.startswith("loss_") else key
+            # With w = tokens of the piece, w x is the piece's sum: the share times the whole.
+            self.add({name: value * whole / tokens}, weight=tokens)
+
     def means(self, *, reduce: Reduce = identity) -> dict[str, float]:
         """The means so far; NaN for a name whose weights sum to 0.
 

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -21,6 +21,13 @@ from ppo_kit.run.folder import Settings, describe, new_folder, resumed_folder
 from ppo_kit.run.progress import Progress, before_and_after, files_written
 from ppo_kit.run.records import JsonLines, write_json
 from ppo_kit.run.signals import StopOnSignal
+
+
+class Stateful(Protocol):
+    """A module or an optimizer: anything with a state to save by name."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
 
 
 class Run:
@@ -124,7 +131,7 @@ class Run:
 
     def steps(self) -> Iterator[int]:
         """The steps still to do, from 1 or the checkpoint's next, up to ``settings.steps``; ends after the
-        current step when a signal came.
+        current step when a signal came, and at once when it came before the first.
 
         Raises ``RuntimeError`` when the run is to resume and ``load_checkpoint`` was not called.
         """
@@ -132,6 +139,8 @@ class Run:
             raise RuntimeError("resume is set: call load_checkpoint() and restore its state before steps()")
         if self._restored is not None:
             self._restore_randomness(self._restored)
+        if self.interrupted:
+            return
         self._progress.start(self._last + 1)
         for step in range(self._last + 1, self.settings.steps + 1):
             self._due = None
@@ -216,6 +225,25 @@ class Run:
         for file in (self._metrics, self._samples):
             file.keep_until(step)
         return step, content["state"]
+
+    def save(self, step: int, parts: Mapping[str, Stateful]) -> None:
+        """``save_checkpoint`` of each part's ``state_dict()``, by name."""
+        self.save_checkpoint(step, {name: part.state_dict() for name, part in parts.items()})
+
+    def restore(self, parts: Mapping[str, Stateful]) -> bool:
+        """Load what ``save`` saved into ``parts``; False when the run does not resume.
+
+        Raises ``ValueError`` when the checkpoint holds other parts.
+        """
+        loaded = self.load_checkpoint()
+        if loaded is None:
+            return False
+        state = loaded[1]
+        if state.keys() != parts.keys():
+            raise ValueError(f"parts: got {sorted(parts)}, the checkpoint holds {sorted(state)}")
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        return True
 
     def _restore_randomness(self, own: Mapping[str, Any]) -> None:
         torch.set_rng_state(own["torch"])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
+from ppo_kit.modules import ClippedValueLoss, micro_batches, minibatches
 from ppo_kit.monitor import METRICS, Averages, rollout_metrics
 
 
@@ -119,6 +120,23 @@ def test_averages_of_nothing_and_of_nan():
         averages.add({"ratio": 1.0}, weight=-1)
     with pytest.raises(ValueError, match=r"ratio: got shape \[2\]"):
         averages.add({"ratio": torch.ones(2)}, weight=1)
+
+
+@pytest.mark.parametrize("aggregate", ["token_mean", "sequence_mean"])
+def test_shares_of_pieces_add_up_to_the_minibatches_mean(aggregate):
+    batch = make_batch(rows=8)
+    batch["values"] = batch["old_values"] + 0.3
+    loss = ClippedValueLoss(clip=0.2, aggregate=aggregate)
+    whole, pieces = Averages(), Averages()
+    for minibatch in minibatches(batch, 6, generator=torch.Generator()):
+        whole.add_shares(loss(minibatch), minibatch)
+        for piece in micro_batches(minibatch, 1):
+            pieces.add_shares(loss(piece), piece)
+    assert set(whole.means()) == {"value_loss", "value_clip_fraction"} <= set(METRICS)
+    assert pieces.means() == pytest.approx(whole.means())
+    if aggregate == "token_mean":
+        clipped = loss(batch.exclude("num_tokens", "num_sequences"))
+        assert whole.means()["value_loss"] == pytest.approx(clipped["loss_value"].item(), rel=1e-5)
 
 
 def test_every_metric_is_explained_in_one_line():

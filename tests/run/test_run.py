@@ -123,6 +123,21 @@ def test_resume_goes_on_with_more_steps_but_not_with_another_setting(toy):
     assert [row["step"] for row in rows(Path("a/metrics.jsonl"))] == [1, 2, 3, 4, 5]
 
 
+def test_parts_are_saved_and_restored_by_name(toy):
+    parts = {"policy": torch.nn.Linear(2, 2), "critic": torch.nn.Linear(2, 1)}
+    run = Run(toy.ToySettings(out=Path("a")), name="toy")
+    assert run.restore(parts) is False
+    run.save(1, parts)
+    other = {"policy": torch.nn.Linear(2, 2), "critic": torch.nn.Linear(2, 1)}
+    resumed = Run(toy.ToySettings(out=Path("a"), resume=True), name="toy")
+    assert resumed.restore(other) is True
+    assert next(resumed.steps()) == 2
+    for name in parts:
+        assert torch.equal(parts[name].weight, other[name].weight)
+    with pytest.raises(ValueError, match=r"got \['policy'\], the checkpoint holds \['critic', 'policy'\]"):
+        resumed.restore({"policy": other["policy"]})
+
+
 def test_resume_needs_something_to_resume(toy):
     with pytest.raises(FileNotFoundError, match=r"runs/toy-seed0.*--out"):
         Run(toy.ToySettings(resume=True), name="toy")
