@@ -6,15 +6,22 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from tensordict import TensorDictBase
+
 
 class Stopwatch:
-    """``with watch("rollout"): ...`` adds to ``seconds_rollout``; ``lap`` returns all parts and starts anew.
+    """``with watch("rollout"): ...`` adds to ``seconds_rollout``; ``lap`` returns the parts and starts anew.
 
+    ``lap`` adds ``tokens_per_second``: the batch's response tokens over all parts together.
+
+    >>> import torch
+    >>> from tensordict import TensorDict
     >>> watch = Stopwatch()
     >>> with watch("rollout"):
     ...     pass
-    >>> sorted(watch.lap()), watch.lap()
-    (['seconds_rollout'], {})
+    >>> batch = TensorDict({"response_mask": torch.ones(1, 4, dtype=torch.bool)}, [1])
+    >>> sorted(watch.lap(batch))
+    ['seconds_rollout', 'tokens_per_second']
     """
 
     def __init__(self) -> None:
@@ -27,6 +34,6 @@ class Stopwatch:
         name = f"seconds_{part}"
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
-    def lap(self) -> dict[str, float]:
+    def lap(self, batch: TensorDictBase) -> dict[str, float]:
         seconds, self._seconds = self._seconds, {}
-        return seconds
+        return {**seconds, "tokens_per_second": int(batch["response_mask"].sum()) / sum(seconds.values())}

@@ -1,0 +1,21 @@
+"""A small dialogue world with a gold reward, in which over-optimization of a reward model can be seen."""
+
+from ppo_kit.sandbox.corpus import (
+    sandbox_config,
+    sandbox_dialogues,
+    sandbox_gold,
+    sandbox_pairs,
+    sandbox_prompts,
+)
+from ppo_kit.sandbox.gold import gold_reward
+from ppo_kit.sandbox.tokenizer import sandbox_tokenizer
+
+__all__ = [
+    "gold_reward",
+    "sandbox_config",
+    "sandbox_dialogues",
+    "sandbox_gold",
+    "sandbox_pairs",
+    "sandbox_prompts",
+    "sandbox_tokenizer",
+]

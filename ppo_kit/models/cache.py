@@ -1,0 +1,45 @@
+"""Folders that are built once and kept: converted checkpoints, the sandbox's SFT policy and reward model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def cache_folder() -> Path:
+    """``$PPO_KIT_CACHE``, or ``ppo_kit`` in the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ppo_kit"
+    return Path(os.environ.get("PPO_KIT_CACHE", default))
+
+
+def settings_key(settings: dict[str, Any]) -> str:
+    """Twelve hex digits that change when any setting does."""
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+def cached(name: str, build: Callable[[Path], None], *, fresh: bool = False) -> Path:
+    """The folder ``name`` of the cache; ``build(folder)`` fills it when it is missing or ``fresh``.
+
+    It is built beside its place and renamed when complete, so a build that was interrupted leaves nothing that
+    a later run would take for whole.
+    """
+    folder = cache_folder() / name
+    if folder.exists() and not fresh:
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        build(building)
+        if folder.exists():
+            shutil.rmtree(folder)
+        building.rename(folder)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return folder

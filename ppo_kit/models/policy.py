@@ -1,0 +1,89 @@
+"""The policy and the reference: causal language models that write log-probabilities into a batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ppo_kit.functional import token_entropy, token_log_probs
+from ppo_kit.models.sequence import join
+from ppo_kit.modules.base import BatchModule
+
+
+class Policy(BatchModule):
+    r"""``log_probs`` and ``entropy`` of the response tokens under a causal language model.
+
+    log π(y_t | x, y_<t) at temperature τ is log softmax(z_t / τ)[y_t], with z_t the float32 logits at position
+    P-1+t, the state before token t. Dropout is switched off: a policy that drops units has no ratio of 1.
+
+    Args:
+        model: any ``AutoModelForCausalLM``.
+        temperature: τ, the one that responses are sampled at.
+        entropy_grad: let gradients through ``entropy`` (an entropy bonus needs it; it costs memory).
+
+    Shapes:
+        reads prompt_ids, prompt_mask [B,P], response_ids, response_mask [B,T];
+        writes log_probs, entropy [B,T] float32, 0 where masked.
+    """
+
+    IN = ("prompt_ids", "prompt_mask", "response_ids", "response_mask")
+    OUT: tuple[str, ...] = ("log_probs", "entropy")
+
+    def __init__(
+        self, model: PreTrainedModel, *, temperature: float = 1.0, entropy_grad: bool = False
+    ) -> None:
+        super().__init__()
+        if not temperature > 0:
+            raise ValueError(f"temperature: got {temperature}, needs a number above 0")
+        self.model = model
+        self.temperature = temperature
+        self.entropy_grad = entropy_grad
+        disable_dropout(model)
+
+    def logits(self, *inputs: Tensor) -> Tensor:
+        """Float32 logits over τ of the states before each response token, [B,T,V]."""
+        ids, mask, positions = join(*inputs)
+        width = inputs[2].shape[1]
+        logits = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            logits_to_keep=width + 1,
+            use_cache=False,
+        ).logits[:, :-1]
+        return logits.float() / self.temperature
+
+    def compute(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        response_ids, response_mask = inputs[2:]
+        logits = self.logits(*inputs)
+        log_probs = token_log_probs(logits, torch.where(response_mask, response_ids, 0))
+        with torch.set_grad_enabled(self.entropy_grad and torch.is_grad_enabled()):
+            entropy = token_entropy(logits)
+        return torch.where(response_mask, log_probs, 0.0), torch.where(response_mask, entropy, 0.0)
+
+
+class Reference(Policy):
+    """A frozen policy that writes ``ref_log_probs`` [B,T]: the π_SFT of the report's Eq. 19."""
+
+    OUT = ("ref_log_probs",)
+
+    def __init__(self, model: PreTrainedModel, *, temperature: float = 1.0) -> None:
+        super().__init__(model, temperature=temperature)
+        model.requires_grad_(False)
+
+    @torch.no_grad()
+    def compute(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        response_ids, response_mask = inputs[2:]
+        log_probs = token_log_probs(self.logits(*inputs), torch.where(response_mask, response_ids, 0))
+        return (torch.where(response_mask, log_probs, 0.0),)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout of ``model`` to 0, in modules and in the attention's own setting, in train mode too."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)

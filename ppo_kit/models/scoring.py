@@ -1,0 +1,70 @@
+"""The critic and the reward model: one-label sequence classifiers, read per token or at the last token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from tensordict import NestedKey
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ppo_kit.models.policy import disable_dropout
+from ppo_kit.models.sequence import join
+from ppo_kit.modules.base import BatchModule
+
+
+class _Scalar(BatchModule):
+    """A backbone and a linear head: one number for every position."""
+
+    IN = ("prompt_ids", "prompt_mask", "response_ids", "response_mask")
+
+    def __init__(self, model: PreTrainedModel, *, out_keys: Sequence[NestedKey] | None = None) -> None:
+        super().__init__(out_keys=out_keys)
+        if not isinstance(getattr(model, "score", None), nn.Linear) or model.score.out_features != 1:
+            raise ValueError(
+                f"{type(self).__name__}: got {type(model).__name__}, needs an AutoModelForSequenceClassification "
+                "with one label (num_labels=1) whose head is a Linear named 'score'"
+            )
+        self.model = model
+        disable_dropout(model)
+
+    def scalars(self, *inputs: Tensor) -> Tensor:
+        """head(hidden), float32, at all P+T positions: [B,P+T]."""
+        ids, mask, positions = join(*inputs)
+        hidden = self.model.base_model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
+        ).last_hidden_state
+        return self.model.score(hidden).squeeze(-1).float()
+
+
+class Critic(_Scalar):
+    """``values`` [B,T]: V(state before token t), the head at position P-1+t; 0 where masked.
+
+    Start it from the reward model (the report's detail 8): the same folder loads as either.
+    """
+
+    OUT = ("values",)
+
+    def compute(self, *inputs: Tensor) -> Tensor:
+        prompt_width = inputs[0].shape[1]
+        return torch.where(inputs[3], self.scalars(*inputs)[:, prompt_width - 1 : -1], 0.0)
+
+    def bootstrap(self, *inputs: Tensor) -> Tensor:
+        """V(state after the last valid token) [B], for responses that were cut off."""
+        return _at_last_token(self.scalars(*inputs), inputs[1], inputs[3])
+
+
+class RewardModel(_Scalar):
+    """``score`` [B]: the head at the last valid token of prompt + response (section 3.1 of the report)."""
+
+    OUT = ("score",)
+
+    def compute(self, *inputs: Tensor) -> Tensor:
+        return _at_last_token(self.scalars(*inputs), inputs[1], inputs[3])
+
+
+def _at_last_token(scalars: Tensor, prompt_mask: Tensor, response_mask: Tensor) -> Tensor:
+    # An empty response is read at the last prompt token, P-1: prompts are left-padded.
+    last = prompt_mask.shape[1] - 1 + response_mask.long().sum(1)
+    return scalars.gather(1, last[:, None]).squeeze(1)

@@ -1,0 +1,36 @@
+"""Prompt and response as the one sequence a causal model reads."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Sequence(NamedTuple):
+    """ids, mask (int64), positions, each [B,P+T]: position ids come from the mask, so padding moves nothing."""
+
+    ids: Tensor
+    mask: Tensor
+    positions: Tensor
+
+
+def join(prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor, response_mask: Tensor) -> Sequence:
+    """Concatenate prompt and response; ids in masked slots are replaced by 0, whatever they held.
+
+    >>> import torch
+    >>> ids, mask = torch.tensor([[-7, 5, 6]]), torch.tensor([[False, True, True]])
+    >>> join(ids, mask, torch.tensor([[8, -7]]), torch.tensor([[True, False]])).ids
+    tensor([[0, 5, 6, 8, 0]])
+    >>> join(ids, mask, torch.tensor([[8, -7]]), torch.tensor([[True, False]])).positions
+    tensor([[0, 0, 1, 2, 2]])
+    """
+    mask = torch.cat([prompt_mask, response_mask], 1)
+    ids = torch.where(mask, torch.cat([prompt_ids, response_ids], 1), 0)
+    return Sequence(ids, mask.long(), positions_of(mask))
+
+
+def positions_of(mask: Tensor) -> Tensor:
+    """Position ids [B,L]: the number of valid tokens before each slot."""
+    return (mask.long().cumsum(1) - 1).clamp(min=0)

@@ -1,0 +1,154 @@
+"""Sampling responses: settings, and a decoding loop that returns a batch with the log-probs it sampled by."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from ppo_kit.functional import token_entropy, token_log_probs
+from ppo_kit.models.policy import Policy
+from ppo_kit.models.sequence import positions_of
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn. The temperature is the policy's: it is the one that is scored at.
+
+    ``top_p``, ``top_k`` and ``repetition_penalty`` change the distribution that tokens are drawn from but not
+    the one that is scored, so KL and ratio are then estimates under another distribution; ``rescorable`` says
+    so and a run logs it.
+    """
+
+    max_new_tokens: int
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, ok, need in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("top_p", 0 < self.top_p <= 1, "a number in (0, 1]"),
+            ("top_k", self.top_k >= 0, "0 (off) or a positive number"),
+            ("repetition_penalty", self.repetition_penalty > 0, "a number above 0"),
+        ):
+            if not ok:
+                raise ValueError(f"{name}: got {getattr(self, name)}, needs {need}")
+
+    @property
+    def rescorable(self) -> bool:
+        return self.top_p == 1.0 and self.top_k == 0 and self.repetition_penalty == 1.0
+
+    def filters(self) -> LogitsProcessorList:
+        """The filters that are on, in the order of transformers' ``generate``."""
+        chosen = LogitsProcessorList()
+        if self.repetition_penalty != 1.0:
+            chosen.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
+        if self.top_k:
+            chosen.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1.0:
+            chosen.append(TopPLogitsWarper(self.top_p))
+        return chosen
+
+
+@torch.no_grad()
+def rollout(
+    policy: Policy, prompts: TensorDictBase, sampling: Sampling, *, eos_id: int, seeds: list[int] | int
+) -> TensorDictBase:
+    """Sample one response to each prompt; writes the response's keys and ``old_log_probs`` into a new batch.
+
+    Token t of row b is drawn by inverting the cumulative distribution at a uniform number that depends only on
+    the row's seed and t, so responses do not depend on the batch, the rank or torch's global generator.
+
+    Args:
+        policy: its model and temperature are used.
+        prompts: prompt_ids, prompt_mask [B,P] (left-padded) and any other key, which is kept.
+        sampling: length and filters.
+        eos_id: the token that ends a response; it belongs to the response and its mask.
+        seeds: one seed a row, or one for the batch (row b then uses a hash of seed and b).
+
+    Returns:
+        The prompts' keys with response_ids, response_mask, old_log_probs, entropy [B,T], truncated [B]; T is the
+        longest response drawn, at most ``max_new_tokens``.
+
+    Raises:
+        ValueError: the number of seeds is not the number of prompts.
+    """
+    batch = prompts.clone(recurse=False)
+    ids, mask = batch["prompt_ids"], batch["prompt_mask"]
+    size, width = ids.shape
+    uniforms = _uniforms(seeds, size, sampling.max_new_tokens).to(ids.device)
+    filters = sampling.filters()
+
+    model = policy.model
+    cache = DynamicCache()
+    mask = torch.cat([mask, mask.new_ones(size, sampling.max_new_tokens)], 1)
+    positions = positions_of(mask)
+    history = torch.where(mask[:, :width], ids, 0)
+    step_ids, step_positions = history, positions[:, :width]
+    alive = torch.ones(size, dtype=torch.bool, device=ids.device)
+    tokens, masks, log_probs, entropies = [], [], [], []
+    for t in range(sampling.max_new_tokens):
+        logits = model(
+            input_ids=step_ids,
+            attention_mask=mask[:, : width + t].long(),
+            position_ids=step_positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        logits = logits.float() / policy.temperature
+        token = _invert(filters(history, logits), uniforms[:, t])
+        tokens.append(torch.where(alive, token, eos_id))
+        masks.append(alive)
+        log_probs.append(torch.where(alive, token_log_probs(logits, token), 0.0))
+        entropies.append(torch.where(alive, token_entropy(logits), 0.0))
+        alive = alive & (token != eos_id)
+        if not bool(alive.any()):
+            break
+        if filters:
+            history = torch.cat([history, tokens[-1][:, None]], 1)
+        step_ids = tokens[-1][:, None]
+        step_positions = positions[:, width + t : width + t + 1]
+    batch["response_ids"] = torch.stack(tokens, 1)
+    batch["response_mask"] = torch.stack(masks, 1)
+    batch["old_log_probs"] = torch.stack(log_probs, 1)
+    batch["entropy"] = torch.stack(entropies, 1)
+    batch["truncated"] = alive
+    return batch
+
+
+def row_seed(*parts: int) -> int:
+    """A 63-bit seed from integers (run seed, step, row): near inputs give unrelated streams."""
+    digest = hashlib.blake2b(
+        b"".join(part.to_bytes(8, "little", signed=True) for part in parts), digest_size=8
+    )
+    return int.from_bytes(digest.digest(), "little") >> 1
+
+
+def _uniforms(seeds: list[int] | int, size: int, length: int) -> Tensor:
+    """[B,T] float64 in [0, 1), row b from its own generator."""
+    if isinstance(seeds, int):
+        seeds = [row_seed(seeds, row) for row in range(size)]
+    if len(seeds) != size:
+        raise ValueError(f"seeds: got {len(seeds)} for {size} prompts, needs one a prompt")
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return torch.stack([torch.rand(length, dtype=torch.float64, generator=g) for g in generators])
+
+
+def _invert(logits: Tensor, uniform: Tensor) -> Tensor:
+    """The token at which the cumulative distribution [B,V] first exceeds ``uniform`` [B]."""
+    cumulative = torch.softmax(logits.double(), -1).cumsum(-1)
+    target = uniform[:, None] * cumulative[:, -1:]
+    token = torch.searchsorted(cumulative, target, right=True).squeeze(1)
+    return token.clamp(max=logits.shape[-1] - 1)

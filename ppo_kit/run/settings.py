@@ -1,0 +1,101 @@
+"""The settings that every PPO recipe shares; a recipe's own dataclass adds those of its algorithm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from ppo_kit.data import OnBadRow
+from ppo_kit.engine import Optimizer, Schedule
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """How a run runs, and where it writes."""
+
+    steps: int = 80
+    """Steps to take: rollout and update in PPO (report: 1,000 in most figures, 10,000 in Figure 9), optimizer
+    steps elsewhere."""
+    seed: int = 0
+    """Seed of everything random: models, data order, sampling. The same seed gives the same run."""
+    out: Path | None = None
+    """Run folder; runs/<recipe>-seed<seed> if not given."""
+    threads: int = 1
+    """CPU threads of torch. 1 is fastest for the sandbox's models, the number of cores for real ones."""
+    resume: bool = False
+    """Continue the run in --out (or the newest default folder) from its last checkpoint."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0 saves one at the end."""
+    fresh: bool = False
+    """Train the sandbox's SFT policy and reward model anew, whatever the cache holds."""
+
+
+@dataclass(frozen=True)
+class PPOSettings(RunSettings):
+    """Models, data, sampling and the parts of PPO that are in every variant."""
+
+    policy: str = "sandbox"
+    """The SFT policy: sandbox, smollm2, a folder or a Hub id. It is the reference as well."""
+    reward: str = "sandbox"
+    """Reward model: sandbox, or the folder or Hub id of a one-label sequence classifier with the policy's
+    tokenizer. The critic starts from it."""
+    prompts: Path | None = None
+    """Prompts as .jsonl[.gz], formats in docs/data.md; needed unless the policy is the sandbox's."""
+    prompt_tokens: int = 512
+    """Longest prompt [tokens]. A longer one is a bad row."""
+    on_bad_row: OnBadRow = "stop"
+    """A bad row of --prompts stops the run, naming file and line, or is skipped and counted."""
+    held_out: int = 192
+    """Responses of the evaluation before and after, on prompts that are not trained on."""
+    train_layers: int = -1
+    """Train only the top N layers of policy and critic, with their heads and final norm; -1 trains all."""
+
+    rollout_size: int = 64
+    """Responses sampled a step (report: 128)."""
+    minibatch_size: int = 32
+    """Responses an optimizer step (report: 32)."""
+    micro_batch_size: int = 32
+    """Responses a forward pass; smaller needs less memory and changes no gradient."""
+    epochs: int = 1
+    """Passes over each rollout."""
+    max_new_tokens: int = 48
+    """Longest response [tokens] (released script: 512)."""
+    temperature: float = 1.0
+    """Sampling temperature, scored at as well (report: 0.8)."""
+    top_p: float = 1.0
+    """Nucleus sampling (report: 0.9). Below 1, sampling and scoring differ and the run says so."""
+    top_k: int = 0
+    """Sample among the k likeliest tokens; 0 is off."""
+    repetition_penalty: float = 1.0
+    """Repetition penalty (report: 1.1). Other than 1, sampling and scoring differ and the run says so."""
+
+    lr: float = 1e-4
+    """Peak learning rate of the policy (report: 5e-7, for 7B parameters)."""
+    critic_lr: float = 5e-4
+    """Peak learning rate of the critic (report: 1.65e-6; released script: 1.5e-6)."""
+    warmup: float = 0.1
+    """Share of all optimizer steps that the learning rates rise over (report: 0.1)."""
+    schedule: Schedule = "constant"
+    """Learning rate after the warm-up (released script: inverse_sqrt)."""
+    gamma: float = 1.0
+    """Discount γ (report: 1)."""
+    lam: float = 0.95
+    """λ of GAE, Eq. 9 (report's figures: 0.9; released script: 0.95)."""
+    clip: float = 0.2
+    """ε of the clipped surrogate, Eq. 15 (report: 0.2)."""
+
+    def optimizer(
+        self, module: nn.Module, lr: float, *, extra_steps: int = 0, max_grad_norm: float | None = None
+    ) -> Optimizer:
+        """AdamW with this run's warm-up and schedule; ``extra_steps`` are PPO steps before the first."""
+        per_step = self.epochs * -(-self.rollout_size // self.minibatch_size)
+        return Optimizer(
+            module,
+            lr=lr,
+            steps=max(1, (self.steps + extra_steps) * per_step),
+            warmup=self.warmup,
+            schedule=self.schedule,
+            max_grad_norm=max_grad_norm,
+        )

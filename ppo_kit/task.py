@@ -1,0 +1,183 @@
+"""What a PPO recipe trains with: the cast of models, the prompts, and how an evaluation runs."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase, TensorDictSequential
+from transformers import PreTrainedTokenizerBase
+
+from ppo_kit.data import Dialogues, Prompts, end_of_turn_id, load_prompts, pad_prompts
+from ppo_kit.models.load import freeze_below, load_causal_lm, load_scalar_model, load_tokenizer
+from ppo_kit.models.policy import Policy, Reference
+from ppo_kit.models.scoring import Critic, RewardModel
+from ppo_kit.models.text_reward import decode
+from ppo_kit.monitor.metrics import rollout_metrics
+from ppo_kit.rollout import Sampling, rollout, row_seed
+from ppo_kit.run.settings import PPOSettings
+from ppo_kit.sandbox.corpus import sandbox_dialogues, sandbox_gold, sandbox_prompts
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Task:
+    """Models, prompts and sampling of a run. ``policy`` and ``critic`` train, ``reference`` and rewards do not."""
+
+    tokenizer: PreTrainedTokenizerBase
+    policy: Policy
+    reference: Reference
+    critic: Critic
+    rewards: list[TensorDictModuleBase]
+    """Modules that write ``score``, and ``gold_score`` where there is a gold reward."""
+    prompts: Prompts
+    held_out: Prompts
+    ptx: Dialogues | None
+    """Text for the PTX loss; None where the run was given none."""
+    sampling: Sampling
+    end_id: int
+    settings: PPOSettings
+
+    @property
+    def scorers(self) -> TensorDictSequential:
+        """What reads a rollout before it is shaped: writes ref_log_probs, old_values, score (and gold_score)."""
+        return TensorDictSequential(
+            self.reference, Critic(self.critic.model, out_keys=["old_values"]), *self.rewards
+        )
+
+    def rollout(self, step: int) -> TensorDictBase:
+        """The responses of PPO step ``step``: prompts and random numbers depend on it and the seed alone."""
+        size, seed = self.settings.rollout_size, self.settings.seed
+        # Steps before 1 train the critic alone; they go through the prompts in an order of their own.
+        order, nth = (seed, step - 1) if step > 0 else (row_seed(seed, 0), -step)
+        rows = self.prompts.batch(nth, size, order)
+        return self._sample([self.prompts[row] for row in rows], step)
+
+    def evaluate(self) -> dict[str, float]:
+        """Averages over ``settings.held_out`` responses to held-out prompts; the same draws at every call."""
+        size = self.settings.rollout_size
+        rows = [row % len(self.held_out) for row in range(self.settings.held_out)]
+        parts = []
+        for index in range(0, len(rows), size):
+            batch = self._sample([self.held_out[row] for row in rows[index : index + size]], -(10**6) - index)
+            with torch.no_grad():
+                parts.append(TensorDictSequential(self.reference, *self.rewards)(batch))
+        return _held_out_metrics(parts)
+
+    def samples(self, batch: TensorDictBase, count: int = 4) -> list[dict[str, object]]:
+        """The first ``count`` rows as text with their scores, for samples.jsonl."""
+        head = batch[:count]
+        prompts = decode(self.tokenizer, head["prompt_ids"], head["prompt_mask"])
+        responses = decode(self.tokenizer, head["response_ids"], head["response_mask"])
+        rows: list[dict[str, object]] = [
+            {"prompt": prompt, "response": response}
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
+        for key in ("score", "gold_score", "truncated"):
+            for row, value in zip(rows, head.get(key, torch.empty(0)).tolist(), strict=False):
+                row[key] = value
+        return rows
+
+    def save_policy(self, folder: Path) -> None:
+        """Write the policy and its tokenizer as plain transformers loads them."""
+        self.policy.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def _sample(self, ids: list[list[int]], step: int) -> TensorDictBase:
+        seeds = [row_seed(self.settings.seed, step, row) for row in range(len(ids))]
+        starts = pad_prompts(ids, self.end_id)
+        return rollout(self.policy, starts, self.sampling, eos_id=self.end_id, seeds=seeds)
+
+
+def load_task(settings: PPOSettings, *, policy: str, reward: str) -> Task:
+    """Load what ``settings`` names; ``policy`` and ``reward`` are folders or Hub ids.
+
+    Policy and reference start from ``policy``; critic and reward model from ``reward`` (report, details 8, 9).
+
+    Raises:
+        ValueError: no prompts are given for a policy of the user's own; the reward model has another
+            vocabulary; fewer prompts than held out.
+    """
+    tokenizer = load_tokenizer(policy)
+    _same_vocabulary(tokenizer, load_tokenizer(reward), policy, reward)
+    actor, scalar = load_causal_lm(policy), load_scalar_model(reward)
+    reference, critic = copy.deepcopy(actor), copy.deepcopy(scalar)
+    for model in (actor, critic):
+        freeze_below(model, settings.train_layers)
+    rewards: list[TensorDictModuleBase] = [RewardModel(scalar.requires_grad_(False))]
+    ptx = None
+    if settings.policy == "sandbox":
+        prompts, held_out = sandbox_prompts(tokenizer, seed=settings.seed)
+        rewards.append(sandbox_gold(tokenizer))
+        ptx = sandbox_dialogues(tokenizer, size=1000, seed=settings.seed)
+    else:
+        prompts, held_out = _split(_read(settings, tokenizer), settings.held_out)
+    sampling = Sampling(settings.max_new_tokens, settings.top_p, settings.top_k, settings.repetition_penalty)
+    if not sampling.rescorable:
+        logger.warning(
+            "sampling and scoring differ: top_p %s, top_k %s, repetition_penalty %s shape what is drawn, not "
+            "the log-probabilities; KL and ratio are estimates under another distribution (KL can be negative)",
+            sampling.top_p,
+            sampling.top_k,
+            sampling.repetition_penalty,
+        )
+    return Task(
+        tokenizer=tokenizer,
+        policy=Policy(actor, temperature=settings.temperature),
+        reference=Reference(reference, temperature=settings.temperature),
+        critic=Critic(critic),
+        rewards=rewards,
+        prompts=prompts,
+        held_out=held_out,
+        ptx=ptx,
+        sampling=sampling,
+        end_id=end_of_turn_id(tokenizer),
+        settings=settings,
+    )
+
+
+def _read(settings: PPOSettings, tokenizer: PreTrainedTokenizerBase) -> Prompts:
+    if settings.prompts is None:
+        raise ValueError(f"--prompts: policy {settings.policy} needs a file of prompts (docs/data.md)")
+    prompts = load_prompts(
+        settings.prompts, tokenizer, max_tokens=settings.prompt_tokens, on_bad_row=settings.on_bad_row
+    )
+    if prompts.report is not None:
+        print(f"{settings.prompts}: {prompts.report}")
+    return prompts
+
+
+def _split(prompts: Prompts, held_out: int) -> tuple[Prompts, Prompts]:
+    if len(prompts) <= held_out:
+        raise ValueError(f"--held-out: got {held_out}, and the file has {len(prompts)} usable prompts in all")
+    return prompts[held_out:], prompts[:held_out]
+
+
+def _same_vocabulary(
+    one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, policy: str, reward: str
+) -> None:
+    if one.get_vocab() != other.get_vocab():
+        raise ValueError(
+            f"reward model {reward} reads {len(other)} tokens of another vocabulary than the {len(one)} of policy "
+            f"{policy}; it needs the policy's tokenizer"
+        )
+
+
+def _held_out_metrics(parts: list[TensorDictBase]) -> dict[str, float]:
+    """One average over all parts, which are padded to different widths."""
+    names = ("score", "gold_score", "kl", "perplexity", "response_length", "truncated_fraction")
+    keys = ("score", "gold_score", "truncated", "old_log_probs", "ref_log_probs", "response_mask")
+    width = max(part["response_mask"].shape[1] for part in parts)
+    wide = [
+        part.select(*keys, strict=False).apply(
+            lambda x: x if x.ndim == 1 else torch.nn.functional.pad(x, (0, width - x.shape[1]))
+        )
+        for part in parts
+    ]
+    metrics = rollout_metrics(torch.cat(wide))
+    return {name: metrics[name] for name in names if name in metrics}

@@ -1,0 +1,93 @@
+"""Vanilla PPO for RLHF: the reward model's score as it is, GAE, clipped surrogate, squared value loss.
+
+    python recipes/vanilla_ppo.py
+
+The same loop as ppo_max.py without its tricks: no normalization or clipping of the score, no KL penalty, no
+critic pre-training, no value or gradient clipping, no PTX. Its sandbox run shows the pattern collapse of the
+report's Figure 4: the reward model's score rises while the gold reward falls and KL grows.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import tyro
+from reward_model import sandbox_models
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictSequential
+
+from ppo_kit.modules import (
+    GAE,
+    ClippedSurrogate,
+    Objective,
+    PlaceScore,
+    SquaredValueLoss,
+    micro_batches,
+    minibatches,
+    total_loss,
+)
+from ppo_kit.monitor import Averages, Stopwatch, check_first_ratio, rollout_metrics
+from ppo_kit.run import PPOSettings, Run
+from ppo_kit.task import load_task
+
+
+@dataclass(frozen=True)
+class VanillaPPO(PPOSettings):
+    pass
+
+
+def main(cfg: VanillaPPO) -> int:
+    run = Run(cfg, "vanilla_ppo")
+    task = load_task(cfg, **sandbox_models(cfg))
+    policy, critic = task.policy, task.critic
+
+    shape = TensorDictSequential(PlaceScore(in_keys=["score", "response_mask"]), GAE(cfg.gamma, cfg.lam))
+    losses = Objective(ClippedSurrogate(clip=cfg.clip), SquaredValueLoss())
+    policy_opt, critic_opt = cfg.optimizer(policy, cfg.lr), cfg.optimizer(critic, cfg.critic_lr)
+    state = {"policy": policy, "critic": critic, "policy_opt": policy_opt, "critic_opt": critic_opt}
+
+    @torch.no_grad()
+    def experience(batch: TensorDictBase) -> TensorDictBase:
+        return shape(task.scorers(batch))
+
+    def cut(batch: TensorDictBase) -> Iterator[TensorDictBase]:
+        order = run.generator("minibatches")
+        return minibatches(batch, cfg.minibatch_size, epochs=cfg.epochs, generator=order)
+
+    with run:
+        before = task.evaluate()
+        run.restore(state)
+        for step in run.steps():
+            watch, averages = Stopwatch(), Averages()
+            with watch("rollout"):
+                batch = task.rollout(step)
+            with watch("score"):
+                experience(batch)
+            with watch("train"):
+                for index, minibatch in enumerate(cut(batch)):
+                    for piece in micro_batches(minibatch, cfg.micro_batch_size):
+                        critic(policy(piece))
+                        if index == 0:
+                            check_first_ratio(piece)
+                        out = losses(piece)
+                        total_loss(out).backward()
+                        averages.add_shares(out, piece)
+                    averages.add({"grad_norm": policy_opt.step()}, weight=1)
+                    critic_opt.step()
+            run.log(step, {
+                **rollout_metrics(batch), **averages.means(), **watch.lap(batch),
+                "lr": policy_opt.lr, "critic_lr": critic_opt.lr, "kl_coef": 0.0,
+            })  # fmt: skip
+            run.sample(step, task.samples(batch), scores=batch["score"].tolist())
+            if run.checkpoint_due(step):
+                run.save(step, state)
+        task.save_policy(run.folder / "policy")
+        run.finish(before, task.evaluate())
+    return run.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(VanillaPPO, description=__doc__)))
