@@ -1,22 +1,49 @@
 """TensorDict modules: thin shells over ``ppo_kit.functional`` that move keys and keep state."""
 
-from ppo_kit.modules.advantages import GAE, Clip, Whiten
+from ppo_kit.modules.advantages import GAE, GRPO, OPO, RLOO, MonteCarlo, ReMax, ResponseAdvantage
 from ppo_kit.modules.base import BatchModule
 from ppo_kit.modules.kl import PIKL, AdaptiveKL, FixedKL, KLController, KLLoss, KLPenalty
 from ppo_kit.modules.losses import (
     ClippedSurrogate,
     ClippedValueLoss,
     EntropyBonus,
+    HuberValueLoss,
     LanguageModelLoss,
     SquaredValueLoss,
 )
 from ppo_kit.modules.minibatches import micro_batches, minibatches, with_counts
 from ppo_kit.modules.objective import BatchLoss, ConstantMean, Counts, Objective, total_loss
+from ppo_kit.modules.penalties import (
+    DropTruncated,
+    LengthPenalty,
+    MissingEndPenalty,
+    OverlongPenalty,
+    ScoreWhiten,
+    SumScores,
+)
+from ppo_kit.modules.policy_losses import (
+    CISPO,
+    GMPO,
+    GSPO,
+    ImportanceSampling,
+    KLCov,
+    PolicyGradient,
+    PPOPenalty,
+    TruncatedImportance,
+)
+from ppo_kit.modules.preference import PairwiseLoss
 from ppo_kit.modules.rewards import PlaceScore, ScoreClip, ScoreNormalize, ScoreScale
+from ppo_kit.modules.transforms import Clip, Whiten
 
 __all__ = [
+    "CISPO",
     "GAE",
+    "GMPO",
+    "GRPO",
+    "GSPO",
+    "OPO",
     "PIKL",
+    "RLOO",
     "AdaptiveKL",
     "BatchLoss",
     "BatchModule",
@@ -25,18 +52,34 @@ __all__ = [
     "ClippedValueLoss",
     "ConstantMean",
     "Counts",
+    "DropTruncated",
     "EntropyBonus",
     "FixedKL",
+    "HuberValueLoss",
+    "ImportanceSampling",
     "KLController",
+    "KLCov",
     "KLLoss",
     "KLPenalty",
     "LanguageModelLoss",
+    "LengthPenalty",
+    "MissingEndPenalty",
+    "MonteCarlo",
     "Objective",
+    "OverlongPenalty",
+    "PPOPenalty",
+    "PairwiseLoss",
     "PlaceScore",
+    "PolicyGradient",
+    "ReMax",
+    "ResponseAdvantage",
     "ScoreClip",
     "ScoreNormalize",
     "ScoreScale",
+    "ScoreWhiten",
     "SquaredValueLoss",
+    "SumScores",
+    "TruncatedImportance",
     "Whiten",
     "micro_batches",
     "minibatches",

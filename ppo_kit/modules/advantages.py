@@ -1,17 +1,38 @@
-"""Advantages and their transforms, over keys of the batch."""
+"""Advantages: what each token did better than expected. Swap one module to swap the algorithm.
+
+| algorithm | modules |
+|---|---|
+| PPO | ``GAE`` (``lam=0``: TD error, ``lam=1``: Monte Carlo minus V; VAPO: see its arguments) |
+| REINFORCE | ``MonteCarlo``, ``MonteCarlo(baseline=True)`` |
+| REINFORCE++ | ``MonteCarlo``, ``Whiten``; its baseline form: ``GRPO(scale=False)``, ``Whiten`` |
+| RLOO, OPO, ReMax | ``RLOO``, ``OPO``, ``ReMax`` |
+| GRPO, Dr. GRPO | ``GRPO``, ``GRPO(scale=False)`` |
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
-from tensordict import NestedKey
 from torch import Tensor
 
-from ppo_kit.functional.advantages import gae
-from ppo_kit.functional.masked import whiten, zero_masked
-from ppo_kit.modules.base import BatchModule
-from ppo_kit.modules.moments import Reduce, reduced_moments
+from ppo_kit.functional.advantages import (
+    discounted_returns,
+    gae,
+    greedy_baseline,
+    group_normalize,
+    leave_one_out,
+    optimal_baseline,
+)
+from ppo_kit.functional.masked import masked_mean, masked_sum, zero_masked
+from ppo_kit.modules.base import BatchModule, Keys, at_least_zero
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Lambda = Callable[[Tensor], Tensor]
+"""response_mask [B,T] -> λ [B,T]."""
 
 
 class GAE(BatchModule):
@@ -21,7 +42,10 @@ class GAE(BatchModule):
     Monte Carlo minus V, λ = 0 the TD error.
 
     Args:
-        gamma: discount γ in [0, 1]. lam: λ in [0, 1].
+        gamma: discount γ in [0, 1].
+        lam: λ in [0, 1], or a function of the mask that gives λ per token, such as
+            ``functional.length_adaptive_lambda`` (VAPO).
+        critic_lam: another λ for the returns, which the critic is trained on (VAPO's decoupled GAE: 1.0).
         bootstrap: also read truncated [B] and bootstrap_value [B], the value of the state after the last
             token, and add it where the response was cut by length. Without it every response ends in 0.
 
@@ -37,94 +61,156 @@ class GAE(BatchModule):
     def __init__(
         self,
         gamma: float = 1.0,
-        lam: float = 0.95,
+        lam: float | Lambda = 0.95,
         *,
+        critic_lam: float | Lambda | None = None,
         bootstrap: bool = False,
-        in_keys: Sequence[NestedKey] | None = None,
-        out_keys: Sequence[NestedKey] | None = None,
+        **keys: Unpack[Keys],
     ) -> None:
         extra = ("truncated", "bootstrap_value") if bootstrap else ()
-        super().__init__(in_keys=in_keys, out_keys=out_keys, extra=extra)
-        for name, value in (("gamma", gamma), ("lam", lam)):
-            if not 0 <= value <= 1:
+        super().__init__(**keys, extra=extra)
+        for name, value in (("gamma", gamma), ("lam", lam), ("critic_lam", critic_lam)):
+            if isinstance(value, (int, float)) and not 0 <= value <= 1:
                 raise ValueError(f"GAE: {name} got {value}, needs a number in [0, 1]")
-        self.gamma, self.lam = gamma, lam
+        self.gamma, self.lam, self.critic_lam = gamma, lam, critic_lam
 
     def compute(
         self, rewards: Tensor, values: Tensor, mask: Tensor, *bootstrap: Tensor
     ) -> tuple[Tensor, Tensor]:
         after = torch.where(bootstrap[0], bootstrap[1], 0.0) if bootstrap else None
-        return gae(rewards, values, mask, gamma=self.gamma, lam=self.lam, bootstrap_value=after)
+
+        def estimate(lam: float | Lambda) -> tuple[Tensor, Tensor]:
+            weight = lam(mask) if callable(lam) else lam
+            return gae(rewards, values, mask, gamma=self.gamma, lam=weight, bootstrap_value=after)
+
+        advantages, returns = estimate(self.lam)
+        return advantages, returns if self.critic_lam is None else estimate(self.critic_lam)[1]
 
 
-class Whiten(BatchModule):
-    """x ← (x − mean) / σ over the batch's valid tokens: per rollout or per minibatch, by where it is put.
+class MonteCarlo(BatchModule):
+    """A_t = R_t − b, R_t = Σ_l γ^l r_{t+l} the reward still to come (REINFORCE, Williams 1992).
 
-    Put it before a minibatch is split into micro-batches. Keys: ``key`` [B,T], response_mask -> ``key``,
-    0 where masked. σ² is the unbiased variance + eps.
+    b is 0, or with ``baseline`` the mean over the batch's responses of their whole return R_0. ``Whiten``
+    after it makes REINFORCE++ (Hu 2025). Keys: rewards, response_mask, both [B,T] -> advantages [B,T], 0
+    where masked; no critic.
+
+    >>> from tensordict import TensorDict
+    >>> batch = TensorDict({"rewards": torch.tensor([[1.0, 2.0], [5.0, 0.0]]),
+    ...                     "response_mask": torch.tensor([[True, True], [True, False]])}, [2])
+    >>> MonteCarlo(baseline=True)(batch)["advantages"].tolist()
+    [[-1.0, -2.0], [1.0, 0.0]]
+    """
+
+    IN, OUT = ("rewards", "response_mask"), ("advantages",)
+
+    def __init__(self, gamma: float = 1.0, *, baseline: bool = False, **keys: Unpack[Keys]) -> None:
+        super().__init__(**keys)
+        if not 0 <= gamma <= 1:
+            raise ValueError(f"MonteCarlo: gamma got {gamma}, needs a number in [0, 1]")
+        self.gamma, self.baseline = gamma, baseline
+
+    def compute(self, rewards: Tensor, mask: Tensor) -> Tensor:
+        returns = discounted_returns(rewards, mask, gamma=self.gamma)
+        if not self.baseline:
+            return returns
+        return zero_masked(returns - masked_mean(returns[:, 0], mask.any(1)), mask)
+
+
+class ResponseAdvantage(BatchModule):
+    """Base of the estimators that give every token of a response the same advantage.
+
+    A response is worth the sum of its rewards: its placed score, less its KL where ``KLPenalty`` came before.
+    A response without a valid token belongs to no group. Put the module where ``GAE`` would be; there is no
+    critic. Subclasses implement ``advantage`` over [B].
+    """
+
+    IN, OUT = ("rewards", "group_id", "response_mask"), ("advantages",)
+
+    def advantage(self, score: Tensor, group_id: Tensor, mask: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def compute(self, rewards: Tensor, group_id: Tensor, mask: Tensor) -> Tensor:
+        alone = -1 - torch.arange(len(mask), device=mask.device)
+        group_id = torch.where(mask.any(1), group_id, alone)
+        advantage = self.advantage(masked_sum(rewards, mask, 1), group_id, mask)
+        return zero_masked(advantage[:, None].expand(mask.shape), mask)
+
+
+class RLOO(ResponseAdvantage):
+    """A = s − mean of the other responses to the same prompt (Ahmadian et al. 2024, Eq. 8).
+
+    Keys: rewards [B,T], group_id [B], response_mask [B,T] -> advantages [B,T]; see ``ResponseAdvantage``.
+
+    >>> from tensordict import TensorDict
+    >>> batch = TensorDict({"rewards": torch.tensor([[1.0], [2.0], [6.0]]),
+    ...                     "group_id": torch.zeros(3, dtype=torch.long),
+    ...                     "response_mask": torch.ones(3, 1, dtype=torch.bool)}, [3])
+    >>> RLOO()(batch)["advantages"].flatten().tolist()
+    [-3.0, -1.5, 4.5]
+    """
+
+    def advantage(self, score: Tensor, group_id: Tensor, mask: Tensor) -> Tensor:
+        return leave_one_out(score, group_id)
+
+
+class GRPO(ResponseAdvantage):
+    """A = (s − mean of its group) / (σ of its group + eps) (Shao et al. 2024); without σ it is Dr. GRPO's.
+
+    ``GRPO(scale=False)`` then ``Whiten`` is REINFORCE++'s form with a baseline. Keys: rewards [B,T],
+    group_id [B], response_mask [B,T] -> advantages [B,T]; see ``ResponseAdvantage``.
 
     Args:
-        key: which key; ``in_keys`` and ``out_keys`` rename further.
-        shift_mean: False keeps the mean (the report's reward whitening in MOSS-RLHF keeps it).
-        reduce: sums a stacked tensor over ranks; without it each rank whitens by its own statistics.
+        scale: divide by σ; False for Dr. GRPO (Liu et al. 2025), which also aggregates by ``ConstantMean``.
+        eps: added to σ.
 
     >>> from tensordict import TensorDict
-    >>> batch = TensorDict({"advantages": torch.tensor([[1.0, 3.0, 9.0]]),
-    ...                     "response_mask": torch.tensor([[True, True, False]])}, [1])
-    >>> [round(x, 3) for x in Whiten()(batch)["advantages"][0].tolist()]
-    [-0.707, 0.707, 0.0]
+    >>> batch = TensorDict({"rewards": torch.tensor([[1.0], [3.0]]),
+    ...                     "group_id": torch.zeros(2, dtype=torch.long),
+    ...                     "response_mask": torch.ones(2, 1, dtype=torch.bool)}, [2])
+    >>> GRPO(scale=False)(batch)["advantages"].flatten().tolist()
+    [-1.0, 1.0]
     """
 
-    IN, OUT = ("advantages", "response_mask"), ("advantages",)
+    def __init__(self, *, scale: bool = True, eps: float = 1e-6, **keys: Unpack[Keys]) -> None:
+        super().__init__(**keys)
+        self.scale, self.eps = scale, at_least_zero(self, "eps", eps)
 
-    def __init__(
-        self,
-        key: NestedKey = "advantages",
-        *,
-        shift_mean: bool = True,
-        eps: float = 1e-8,
-        reduce: Reduce | None = None,
-        in_keys: Sequence[NestedKey] | None = None,
-        out_keys: Sequence[NestedKey] | None = None,
-    ) -> None:
-        super().__init__(in_keys=in_keys or [key, "response_mask"], out_keys=out_keys or [key])
-        self.shift_mean, self.eps, self.reduce = shift_mean, eps, reduce
-
-    def compute(self, x: Tensor, mask: Tensor) -> Tensor:
-        if self.reduce is None:
-            return whiten(x, mask, shift_mean=self.shift_mean, eps=self.eps)
-        moments = reduced_moments(x, mask, reduce=self.reduce)
-        variance = moments.m2 / (moments.count - 1).clamp(min=1)
-        white = (x - moments.mean) * (variance + self.eps).rsqrt()
-        return zero_masked(white if self.shift_mean else white + moments.mean, mask)
+    def advantage(self, score: Tensor, group_id: Tensor, mask: Tensor) -> Tensor:
+        return group_normalize(score, group_id, scale=self.scale, eps=self.eps)
 
 
-class Clip(BatchModule):
-    """x ← clip(x, −δ, δ), 0 where masked (δ = 0.5 and 0.12 for advantages in the report's Figure 6).
+class OPO(ResponseAdvantage):
+    """A = s − Σ L s / Σ L over its group, L the lengths (Hao et al. 2025): the baseline of least variance.
 
-    Keys: ``key`` [B,T], response_mask -> ``key``.
+    Keys: rewards [B,T], group_id [B], response_mask [B,T] -> advantages [B,T]; see ``ResponseAdvantage``.
 
     >>> from tensordict import TensorDict
-    >>> batch = TensorDict({"advantages": torch.tensor([[-2.0, 0.25]]),
+    >>> batch = TensorDict({"rewards": torch.tensor([[3.0, 0.0], [0.0, 0.0]]),
+    ...                     "group_id": torch.zeros(2, dtype=torch.long),
+    ...                     "response_mask": torch.tensor([[True, False], [True, True]])}, [2])
+    >>> OPO()(batch)["advantages"].tolist()
+    [[2.0, 0.0], [-1.0, -1.0]]
+    """
+
+    def advantage(self, score: Tensor, group_id: Tensor, mask: Tensor) -> Tensor:
+        return optimal_baseline(score, group_id, mask.sum(1))
+
+
+class ReMax(BatchModule):
+    """A = s − score of the greedy answer to the same prompt (Li et al. 2023).
+
+    Keys: rewards [B,T], greedy_score [B], response_mask [B,T] -> advantages [B,T]; greedy_score is yours to
+    write, from one greedy answer a prompt, in the units of the rewards.
+
+    >>> from tensordict import TensorDict
+    >>> batch = TensorDict({"rewards": torch.tensor([[0.0, 1.0]]), "greedy_score": torch.tensor([3.0]),
     ...                     "response_mask": torch.ones(1, 2, dtype=torch.bool)}, [1])
-    >>> Clip(0.5)(batch)["advantages"].tolist()
-    [[-0.5, 0.25]]
+    >>> ReMax()(batch)["advantages"].tolist()
+    [[-2.0, -2.0]]
     """
 
-    IN, OUT = ("advantages", "response_mask"), ("advantages",)
+    IN, OUT = ("rewards", "greedy_score", "response_mask"), ("advantages",)
 
-    def __init__(
-        self,
-        delta: float,
-        key: NestedKey = "advantages",
-        *,
-        in_keys: Sequence[NestedKey] | None = None,
-        out_keys: Sequence[NestedKey] | None = None,
-    ) -> None:
-        super().__init__(in_keys=in_keys or [key, "response_mask"], out_keys=out_keys or [key])
-        if not delta > 0:
-            raise ValueError(f"Clip: delta got {delta}, needs a number above 0")
-        self.delta = delta
-
-    def compute(self, x: Tensor, mask: Tensor) -> Tensor:
-        return zero_masked(x, mask).clamp(-self.delta, self.delta)
+    def compute(self, rewards: Tensor, greedy_score: Tensor, mask: Tensor) -> Tensor:
+        advantage = greedy_baseline(masked_sum(rewards, mask, 1), greedy_score)
+        return zero_masked(advantage[:, None].expand(mask.shape), mask)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -11,6 +12,13 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
 from ppo_kit.batch import SCHEMA
+
+
+class Keys(TypedDict, total=False):
+    """The keyword arguments that every module takes: other keys than its own defaults, in their order."""
+
+    in_keys: Sequence[NestedKey]
+    out_keys: Sequence[NestedKey]
 
 
 class BatchModule(TensorDictModuleBase):
@@ -130,6 +138,20 @@ class BatchModule(TensorDictModuleBase):
                 f"{type(self).__name__}: {key!r} row {row} is not {'left' if left else 'right'}-padded "
                 f"(valid slots {valid} of {mask.shape[1]})"
             )
+
+
+def positive(owner: object, name: str, value: float) -> float:
+    """``value``, or a ``ValueError`` that names the owner unless it is a finite number above 0."""
+    if not 0 < value < math.inf:
+        raise ValueError(f"{type(owner).__name__}: {name} got {value}, needs a finite number above 0")
+    return value
+
+
+def at_least_zero(owner: object, name: str, value: float) -> float:
+    """``value``, or a ``ValueError`` that names the owner unless it is a finite number, 0 or more."""
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{type(owner).__name__}: {name} got {value}, needs a finite number, 0 or more")
+    return value
 
 
 def require(batch: TensorDictBase, key: NestedKey, reader: str) -> Tensor:

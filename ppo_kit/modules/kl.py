@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from ppo_kit.functional.kl import kl_estimate
 from ppo_kit.functional.masked import zero_masked
-from ppo_kit.modules.base import BatchModule, require
+from ppo_kit.modules.base import BatchModule, Keys, at_least_zero, positive, require
 from ppo_kit.modules.moments import Reduce, identity
-from ppo_kit.modules.objective import Aggregate, BatchLoss
+from ppo_kit.modules.objective import AggregateKeys, BatchLoss
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class KLController(Protocol):
@@ -36,7 +39,7 @@ class FixedKL(nn.Module):
 
     def __init__(self, coef: float) -> None:
         super().__init__()
-        self.register_buffer("coef", _scalar(_at_least_zero("FixedKL", "coef", coef)))
+        self.register_buffer("coef", _scalar(at_least_zero(self, "coef", coef)))
 
     def update(self, kl: float, num: int) -> None:
         """Does nothing; here so that every controller is driven alike."""
@@ -63,9 +66,9 @@ class AdaptiveKL(nn.Module):
 
     def __init__(self, init: float, target: float, horizon: int) -> None:
         super().__init__()
-        self.target = _positive("AdaptiveKL", "target", target)
-        self.horizon = _positive("AdaptiveKL", "horizon", horizon)
-        self.register_buffer("coef", _scalar(_positive("AdaptiveKL", "init", init)))
+        self.target = positive(self, "target", target)
+        self.horizon = positive(self, "horizon", horizon)
+        self.register_buffer("coef", _scalar(positive(self, "init", init)))
 
     @torch.no_grad()
     def update(self, kl: float, num: int) -> None:
@@ -102,10 +105,10 @@ class PIKL(nn.Module):
 
     def __init__(self, init: float, target: float, horizon: int, *, gain: float = 0.5) -> None:
         super().__init__()
-        self.target = _positive("PIKL", "target", target)
-        self.horizon = _positive("PIKL", "horizon", horizon)
-        self.gain = _at_least_zero("PIKL", "gain", gain)
-        self.register_buffer("coef", _scalar(_positive("PIKL", "init", init)))
+        self.target = positive(self, "target", target)
+        self.horizon = positive(self, "horizon", horizon)
+        self.gain = at_least_zero(self, "gain", gain)
+        self.register_buffer("coef", _scalar(positive(self, "init", init)))
         self.register_buffer("error", _scalar(0.0))
 
     @torch.no_grad()
@@ -147,10 +150,9 @@ class KLPenalty(BatchModule):
         *,
         kind: str = "k1",
         reduce: Reduce = identity,
-        in_keys: Sequence[NestedKey] | None = None,
-        out_keys: Sequence[NestedKey] | None = None,
+        **keys: Unpack[Keys],
     ) -> None:
-        super().__init__(in_keys=in_keys, out_keys=out_keys)
+        super().__init__(**keys)
         _kind("KLPenalty", kind, ("k1", "k2", "k3"))
         self.controller = FixedKL(controller) if isinstance(controller, (int, float)) else controller
         self.kind, self.reduce = kind, reduce
@@ -201,11 +203,9 @@ class KLLoss(BatchLoss):
         weight: float,
         *,
         kind: str = "k3",
-        aggregate: str | Aggregate = "token_mean",
-        in_keys: Sequence[NestedKey] | None = None,
-        out_keys: Sequence[NestedKey] | None = None,
+        **loss: Unpack[AggregateKeys],
     ) -> None:
-        super().__init__(weight=weight, aggregate=aggregate, in_keys=in_keys, out_keys=out_keys)
+        super().__init__(weight=weight, **loss)
         if kind == "k1":
             raise ValueError(
                 "KLLoss: kind got 'k1', whose gradient does not depend on the reference; use 'k2' or 'k3', "
@@ -225,18 +225,6 @@ def _scalar(value: float) -> Tensor:
 def _kind(owner: str, kind: str, kinds: Sequence[str]) -> None:
     if kind not in kinds:
         raise ValueError(f"{owner}: kind got {kind!r}, needs one of {list(kinds)}")
-
-
-def _positive(owner: str, name: str, value: float) -> float:
-    if not 0 < value < math.inf:
-        raise ValueError(f"{owner}: {name} got {value}, needs a finite number above 0")
-    return value
-
-
-def _at_least_zero(owner: str, name: str, value: float) -> float:
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{owner}: {name} got {value}, needs a finite number, 0 or more")
-    return value
 
 
 def _finite(owner: str, kl: float) -> float:

@@ -5,16 +5,20 @@ Every class here is a ``BatchLoss``: see there for the denominators, ``weight`` 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from tensordict import NestedKey
 from torch import Tensor
 
+from ppo_kit.functional.entropy import entropy_loss
 from ppo_kit.functional.kl import kl_estimate
 from ppo_kit.functional.policy import clipped_surrogate
-from ppo_kit.functional.value import clipped_value_loss, squared_value_loss
-from ppo_kit.modules.objective import Aggregate, BatchLoss
+from ppo_kit.functional.value import clipped_value_loss, huber_value_loss, squared_value_loss
+from ppo_kit.modules.base import positive
+from ppo_kit.modules.objective import AggregateKeys, BatchLoss, LossKeys
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def ratio_diagnostics(
@@ -64,12 +68,9 @@ class ClippedSurrogate(BatchLoss):
         clip: float = 0.2,
         clip_high: float | None = None,
         dual_clip: float | None = None,
-        weight: float = 1.0,
-        aggregate: str | Aggregate = "token_mean",
-        in_keys: Sequence[NestedKey] | None = None,
-        out_keys: Sequence[NestedKey] | None = None,
+        **loss: Unpack[LossKeys],
     ) -> None:
-        super().__init__(weight=weight, aggregate=aggregate, in_keys=in_keys, out_keys=out_keys)
+        super().__init__(**loss)
         self.clip_low = clip
         self.clip_high = clip if clip_high is None else clip_high
         self.dual_clip = dual_clip
@@ -132,20 +133,37 @@ class ClippedValueLoss(BatchLoss):
         self,
         *,
         clip: float = 0.2,
-        weight: float = 1.0,
-        aggregate: str | Aggregate = "token_mean",
-        in_keys: Sequence[NestedKey] | None = None,
-        out_keys: Sequence[NestedKey] | None = None,
+        **loss: Unpack[LossKeys],
     ) -> None:
-        super().__init__(weight=weight, aggregate=aggregate, in_keys=in_keys, out_keys=out_keys)
-        if not clip > 0:
-            raise ValueError(f"ClippedValueLoss: clip got {clip}, needs a number above 0")
-        self.clip = clip
+        super().__init__(**loss)
+        self.clip = positive(self, "clip", clip)
 
     def compute(self, values: Tensor, old: Tensor, returns: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         loss = clipped_value_loss(values, old, returns, clip=self.clip)
         binds = loss.detach() > squared_value_loss(values.detach(), returns)
         return loss, binds.float()
+
+
+class HuberValueLoss(BatchLoss):
+    """L = ½ e² for |e| ≤ δ, δ (|e| − ½ δ) beyond, e = V_t − R_t (Huber 1964): bounded pull of outliers.
+
+    Keys: values, returns, response_mask, all [B,T] -> loss_value.
+
+    >>> from tensordict import TensorDict
+    >>> batch = TensorDict({"values": torch.zeros(1, 1), "returns": torch.full((1, 1), 3.0),
+    ...                     "response_mask": torch.ones(1, 1, dtype=torch.bool)}, [1])
+    >>> float(HuberValueLoss(delta=1.0)(batch)["loss_value"])
+    2.5
+    """
+
+    IN, OUT = ("values", "returns", "response_mask"), ("loss_value",)
+
+    def __init__(self, *, delta: float = 1.0, **loss: Unpack[LossKeys]) -> None:
+        super().__init__(**loss)
+        self.delta = positive(self, "delta", delta)
+
+    def compute(self, values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+        return huber_value_loss(values, returns, delta=self.delta)
 
 
 class EntropyBonus(BatchLoss):
@@ -172,16 +190,13 @@ class EntropyBonus(BatchLoss):
         self,
         weight: float,
         region: float | None = None,
-        *,
-        aggregate: str | Aggregate = "token_mean",
-        in_keys: Sequence[NestedKey] | None = None,
-        out_keys: Sequence[NestedKey] | None = None,
+        **loss: Unpack[AggregateKeys],
     ) -> None:
-        super().__init__(weight=weight, aggregate=aggregate, in_keys=in_keys, out_keys=out_keys)
+        super().__init__(weight=weight, **loss)
         self.region = region
 
     def compute(self, entropy: Tensor, mask: Tensor) -> Tensor:
-        return -entropy if self.region is None else (entropy - self.region).abs()
+        return entropy_loss(entropy, target=self.region)
 
 
 class LanguageModelLoss(BatchLoss):

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
 from ppo_kit.functional.aggregate import constant_mean, sequence_mean, token_mean
 from ppo_kit.functional.masked import zero_masked
-from ppo_kit.modules.base import BatchModule
+from ppo_kit.modules.base import BatchModule, Keys
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,18 @@ class ConstantMean:
         return constant_mean(loss, mask, length=self.length, num_sequences=counts.sequences)
 
 
+class AggregateKeys(Keys, total=False):
+    """The keyword arguments of a loss that has a positional weight; see ``BatchLoss``."""
+
+    aggregate: str | Aggregate
+
+
+class LossKeys(AggregateKeys, total=False):
+    """The keyword arguments that every other loss takes; see ``BatchLoss``."""
+
+    weight: float
+
+
 AGGREGATES: dict[str, Aggregate] = {"token_mean": _tokens, "sequence_mean": _sequences}
 """Aggregates that have a name. ``token_mean``: every token weighs the same (DAPO, TRL's PPO);
 ``sequence_mean``: every response weighs the same (GRPO)."""
@@ -78,22 +93,24 @@ class BatchLoss(BatchModule):
 
     Args:
         weight: what the loss is multiplied with. Diagnostics are not.
-        aggregate: ``"token_mean"``, ``"sequence_mean"``, or any ``Aggregate`` such as ``ConstantMean(512)``.
-            Diagnostics are always averaged over tokens.
+        aggregate: ``"token_mean"``, ``"sequence_mean"``, or any ``Aggregate`` such as ``ConstantMean(512)``;
+            ``AGGREGATE`` of the class by default. Diagnostics are always averaged over tokens.
 
     Raises:
         KeyError, ValueError: as ``BatchModule``.
     """
 
+    AGGREGATE: ClassVar[str] = "token_mean"
+
     def __init__(
         self,
         *,
         weight: float = 1.0,
-        aggregate: str | Aggregate = "token_mean",
-        in_keys: Sequence[NestedKey] | None = None,
-        out_keys: Sequence[NestedKey] | None = None,
+        aggregate: str | Aggregate | None = None,
+        **keys: Unpack[Keys],
     ) -> None:
-        super().__init__(in_keys=in_keys, out_keys=out_keys)
+        super().__init__(**keys)
+        aggregate = self.AGGREGATE if aggregate is None else aggregate
         if isinstance(aggregate, str) and aggregate not in AGGREGATES:
             raise ValueError(
                 f"{type(self).__name__}: aggregate got {aggregate!r}, "
@@ -108,7 +125,7 @@ class BatchLoss(BatchModule):
         clean = [_select(x, mask) for x in inputs]
         outputs = self.compute(*clean)
         loss, *diagnostics = outputs if isinstance(outputs, tuple) else (outputs,)
-        counts = Counts(_count(batch, "num_tokens"), _count(batch, "num_sequences"))
+        counts = Counts(count_of(batch, "num_tokens"), count_of(batch, "num_sequences"))
         out = TensorDict(batch_size=[], device=batch.device)
         out.set(self.out_keys[0], self.weight * self.aggregate(loss, mask, counts))
         for key, value in zip(self.out_keys[1:], diagnostics, strict=True):
@@ -161,7 +178,8 @@ def _select(x: Tensor, mask: Tensor) -> Tensor:
     return zero_masked(x, mask) if x.is_floating_point() and x.shape == mask.shape else x
 
 
-def _count(batch: TensorDictBase, key: str) -> Tensor | None:
+def count_of(batch: TensorDictBase, key: str) -> Tensor | None:
+    """The count that every row of the batch carries at ``key``; None if there is none."""
     value = batch.get(key, None)
     # Zero only where no token is valid anywhere: the loss is then 0, not 0 / 0.
     return None if value is None else value[0].clamp(min=1)

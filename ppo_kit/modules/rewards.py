@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import TensorDictBase
 from torch import Tensor
 
 from ppo_kit.functional.moments import Moments, merge_moments
 from ppo_kit.functional.rewards import place_score
-from ppo_kit.modules.base import BatchModule, require
+from ppo_kit.modules.base import BatchModule, Keys, positive, require
 from ppo_kit.modules.moments import Reduce, identity, reduced_moments
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class RunningScore(BatchModule):
@@ -36,13 +39,10 @@ class RunningScore(BatchModule):
         *,
         eps: float = 1e-8,
         reduce: Reduce = identity,
-        in_keys: Sequence[NestedKey] | None = None,
-        out_keys: Sequence[NestedKey] | None = None,
+        **keys: Unpack[Keys],
     ) -> None:
-        super().__init__(in_keys=in_keys, out_keys=out_keys)
-        if not eps > 0:
-            raise ValueError(f"{type(self).__name__}: eps got {eps}, needs a number above 0")
-        self.eps, self.reduce = eps, reduce
+        super().__init__(**keys)
+        self.eps, self.reduce = positive(self, "eps", eps), reduce
         for name in ("count", "mean", "m2"):
             self.register_buffer(name, torch.zeros((), dtype=torch.float64))
 
@@ -129,14 +129,10 @@ class ScoreClip(BatchModule):
     def __init__(
         self,
         delta: float,
-        *,
-        in_keys: Sequence[NestedKey] | None = None,
-        out_keys: Sequence[NestedKey] | None = None,
+        **keys: Unpack[Keys],
     ) -> None:
-        super().__init__(in_keys=in_keys, out_keys=out_keys)
-        if not delta > 0:
-            raise ValueError(f"ScoreClip: delta got {delta}, needs a number above 0")
-        self.delta = delta
+        super().__init__(**keys)
+        self.delta = positive(self, "delta", delta)
 
     def compute(self, score: Tensor) -> Tensor:
         return score.clamp(-self.delta, self.delta)
