@@ -1,16 +1,19 @@
 """Dialogues in: rows of files, prompts, preference pairs, supervised text. See ``docs/data.md``."""
 
 from .batches import collate_pairs, pair_batches, plan_pairs
-from .encode import Answered, Encoder, Pair, Prompt, end_of_turn_id
+from .check import Contents, check_file
+from .encode import Answered, Encoder, Pair, Prompt, TooLong, end_of_turn_id
 from .formats import Dialogue, Format, Message, answer_of, pair_of, prompt_of, row_format
 from .load import Dialogues, Pairs, Prompts, load_dialogues, load_pairs, load_prompts
 from .order import epoch_order, step_rows
 from .padding import pad_answers, pad_ids, pad_prompts
 from .rows import BadRow, OnBadRow, RowReport, Source, read_rows
+from .stream import Stream
 
 __all__ = [
     "Answered",
     "BadRow",
+    "Contents",
     "Dialogue",
     "Dialogues",
     "Encoder",
@@ -23,7 +26,10 @@ __all__ = [
     "Prompts",
     "RowReport",
     "Source",
+    "Stream",
+    "TooLong",
     "answer_of",
+    "check_file",
     "collate_pairs",
     "end_of_turn_id",
     "epoch_order",

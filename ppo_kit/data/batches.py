@@ -76,7 +76,7 @@ def pair_batches(
 
     >>> pairs = [Pair([1] * length, [3, 2], [4, 2], []) for length in range(1, 21)]
     >>> [batch.numel() // 2 for batch in pair_batches(pairs, seed=0, max_tokens_per_batch=300)]
-    [6, 6, 8]
+    [8, 6, 6]
     """
     plan = plan_pairs(
         pairs,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from .formats import Dialogue, answer_of, pair_of, prompt_of
-from .rows import BadRow
+from .formats import Dialogue, answer_of, pair_of, prompt_of, row_format
+from .rows import BadRow, RowReport
+
+TooLong: TypeAlias = Literal["bad", "cut"]
 
 
 class Prompt(NamedTuple):
@@ -65,14 +67,30 @@ class Encoder:
     """Rows to token ids for one tokenizer and one limit in tokens; every refusal is a :class:`BadRow`.
 
     ``max_tokens`` bounds the prompt of :meth:`prompt`, and prompt plus (longer) answer of the other two.
+    With ``too_long="cut"`` a longer dialogue loses its oldest turns, whole ones, until it fits and starts
+    with a user turn; a system turn stays. It is a bad row still where the last user turn alone does not fit.
+    ``report.notes`` counts the dialogues cut, and the MOSS lists read as ending with an answer.
+
     Text that spells one of the template's own special tokens is refused: it would be read as the end of a
     turn, or as a turn of somebody else.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_tokens: int,
+        too_long: TooLong = "bad",
+        report: RowReport | None = None,
+    ) -> None:
         if max_tokens < 1:
             raise ValueError(f"max_tokens: got {max_tokens}, needs at least 1")
-        self.tokenizer, self.max_tokens = tokenizer, max_tokens
+        if too_long not in ("bad", "cut"):
+            raise ValueError(f"too_long: got {too_long!r}, needs 'bad' or 'cut'")
+        self.tokenizer, self.max_tokens, self.too_long = tokenizer, max_tokens, too_long
+        if too_long == "cut" and report is None:
+            raise ValueError("report: too_long='cut' needs one, so that what is cut is counted and said")
+        self.report = RowReport() if report is None else report
         self.end_id = end_of_turn_id(tokenizer)
         template = str(tokenizer.chat_template)
         named = {tokenizer.bos_token, tokenizer.eos_token} - {None}
@@ -81,30 +99,40 @@ class Encoder:
 
     def prompt(self, row: Any) -> Prompt:
         """The row's prompt, of at most ``max_tokens``."""
-        messages = prompt_of(row)
-        ids = self._prompt_ids(messages)
-        self._check_length("prompt", len(ids))
-        return Prompt(ids, messages)
+        prompt = self._fitted("prompt", prompt_of(row), 0)
+        self._note_format(row)
+        return prompt
 
     def pair(self, row: Any) -> Pair:
         """The row's prompt and two answers."""
         messages, chosen, rejected = pair_of(row)
-        ids, chosen_ids, rejected_ids = (
-            self._prompt_ids(messages),
-            self._answer_ids(chosen),
-            self._answer_ids(rejected),
-        )
+        chosen_ids, rejected_ids = self._answer_ids(chosen), self._answer_ids(rejected)
         if chosen_ids == rejected_ids:
             raise BadRow("chosen and rejected are equal", "once they are token ids")
-        self._check_length("pair", len(ids) + max(len(chosen_ids), len(rejected_ids)))
-        return Pair(ids, chosen_ids, rejected_ids, messages)
+        prompt = self._fitted("pair", messages, max(len(chosen_ids), len(rejected_ids)))
+        return Pair(prompt.ids, chosen_ids, rejected_ids, prompt.messages)
 
     def answered(self, row: Any) -> Answered:
         """The row's prompt and answer (``chosen`` where there are two)."""
         messages, answer = answer_of(row)
-        ids, answer_ids = self._prompt_ids(messages), self._answer_ids(answer)
-        self._check_length("dialogue", len(ids) + len(answer_ids))
-        return Answered(ids, answer_ids, messages)
+        answer_ids = self._answer_ids(answer)
+        prompt = self._fitted("dialogue", messages, len(answer_ids))
+        self._note_format(row)
+        return Answered(prompt.ids, answer_ids, prompt.messages)
+
+    def _fitted(self, what: str, messages: Dialogue, answer_length: int) -> Prompt:
+        ids, kept = self._prompt_ids(messages), messages
+        while self.too_long == "cut" and len(ids) + answer_length > self.max_tokens:
+            kept = _without_oldest(kept)
+            if not kept:
+                break
+            ids = self._prompt_ids(kept)
+        length = len(ids) + answer_length
+        if length > self.max_tokens:
+            raise BadRow(f"{what} longer than {self.max_tokens} tokens", f"{length} tokens")
+        if len(kept) < len(messages):
+            self.report.notes[f"cut by their oldest turns to {self.max_tokens} tokens"] += 1
+        return Prompt(ids, kept)
 
     def _prompt_ids(self, messages: Dialogue) -> list[int]:
         for message in messages:
@@ -126,9 +154,18 @@ class Encoder:
             if marker in text:
                 raise BadRow("text holds a special token", repr(marker))
 
-    def _check_length(self, what: str, length: int) -> None:
-        if length > self.max_tokens:
-            raise BadRow(f"{what} longer than {self.max_tokens} tokens", f"{length} tokens")
+    def _note_format(self, row: Any) -> None:
+        if row_format(row) == "moss-answered":
+            self.report.notes["MOSS lists of even length, read as ending with an answer"] += 1
+
+
+def _without_oldest(messages: Dialogue) -> Dialogue:
+    """The dialogue from its next user turn on, with its system turn; empty where there is none."""
+    system = messages[:1] if messages[0]["role"] == "system" else []
+    for start in range(len(system) + 1, len(messages)):
+        if messages[start]["role"] == "user":
+            return system + messages[start:]
+    return []
 
 
 def _check_template(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -19,7 +19,7 @@ class Message(TypedDict):
 
 
 Dialogue: TypeAlias = list[Message]
-Format: TypeAlias = Literal["hh", "preference", "messages", "prompt"]
+Format: TypeAlias = Literal["hh", "preference", "messages", "prompt", "moss", "moss-answered"]
 
 _HH_START = re.compile(r"\s*\n\n(?:Human|Assistant):(?=\s|$)")
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):(?=\s|$)")
@@ -30,13 +30,17 @@ def row_format(row: Any) -> Format:
 
     >>> row_format({"chosen": "\\n\\nHuman: Hi\\n\\nAssistant: Hello", "rejected": "..."})
     'hh'
+    >>> row_format(["Hi", "Hello", "Bye"]), row_format(["Hi", "Hello"])
+    ('moss', 'moss-answered')
     >>> row_format({"text": "Hi"})
     Traceback (most recent call last):
     ...
     ppo_kit.data.rows.BadRow: unknown format: no `chosen`, `messages` or `prompt` among the keys ['text']
     """
+    if isinstance(row, list) and row and all(isinstance(turn, str) for turn in row):
+        return "moss" if len(row) % 2 else "moss-answered"
     if not isinstance(row, dict):
-        raise BadRow("unknown format", f"got {_name(row)}, needs a JSON object")
+        raise BadRow("unknown format", f"got {_name(row)}, needs a JSON object or a list of turns (strings)")
     if "chosen" in row:
         return "hh" if isinstance(row["chosen"], str) and "prompt" not in row else "preference"
     if "rejected" in row:
@@ -77,7 +81,7 @@ def pair_of(row: Any) -> tuple[Dialogue, str, str]:
     ([{'role': 'user', 'content': 'Hi'}], 'Hello', 'What?')
     """
     kind = row_format(row)
-    if kind in ("messages", "prompt"):
+    if kind not in ("hh", "preference"):
         raise BadRow("no pair", f"a row of format {kind!r} has no `chosen` and `rejected`")
     if "rejected" not in row:
         raise BadRow("no `rejected`", f"keys {sorted(map(str, row))}")
@@ -94,7 +98,9 @@ def pair_of(row: Any) -> tuple[Dialogue, str, str]:
 def _split(row: Any, side: Literal["chosen", "rejected"]) -> tuple[Dialogue, str | None]:
     kind = row_format(row)
     answer: str | None
-    if kind == "prompt":
+    if kind in ("moss", "moss-answered"):
+        prompt, answer = _pop_answer(_alternating(row))
+    elif kind == "prompt":
         prompt, answer = _turns(row["prompt"], "prompt", open_end=True), None
     elif kind == "messages":
         prompt, answer = _pop_answer(_turns(row["messages"], "messages"))
@@ -133,6 +139,15 @@ def _turns(value: Any, key: str, *, open_end: bool = False) -> Dialogue:
             f"`{key}` is not a dialogue", f"got {_name(value)}, needs a string or a list of messages"
         )
     return [_message(message, f"{key}[{index}]") for index, message in enumerate(value)]
+
+
+def _alternating(turns: list[str]) -> Dialogue:
+    """A MOSS list: the human speaks first, so an even number of turns ends with an answer."""
+    for index, turn in enumerate(turns):
+        _check_text(turn, f"turn {index + 1}")
+    return [
+        {"role": "assistant" if index % 2 else "user", "content": turn} for index, turn in enumerate(turns)
+    ]
 
 
 def _message(value: Any, key: str) -> Message:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, overload
 from tensordict import TensorDict
 from transformers import PreTrainedTokenizerBase
 
-from .encode import Answered, Encoder, Pair
+from .encode import Answered, Encoder, Pair, TooLong
 from .formats import Dialogue
 from .order import step_rows
 from .padding import pad_answers
@@ -113,6 +113,7 @@ def load_prompts(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_tokens: int,
+    too_long: TooLong = "bad",
     on_bad_row: OnBadRow = "stop",
     limit: int | None = None,
 ) -> Prompts:
@@ -122,6 +123,8 @@ def load_prompts(
         path: see :func:`ppo_kit.data.read_rows`; row formats in ``docs/data.md``. A dialogue that ends with
             an assistant turn gives what stands before it.
         max_tokens: longest prompt allowed, in tokens, the template's own included.
+        too_long: ``"cut"`` takes whole turns from the front of a longer dialogue (see
+            :class:`ppo_kit.data.Encoder`); ``"bad"`` makes it a bad row.
         on_bad_row: ``"stop"`` raises at the first bad row; ``"skip"`` counts it in ``Prompts.report``.
         limit: stop reading after so many good rows; None reads all.
 
@@ -129,7 +132,9 @@ def load_prompts(
         BadRow: the first bad row, by file and line, under ``"stop"``.
         ValueError: the tokenizer has no chat template, or no row is left.
     """
-    items, report = _load(path, Encoder(tokenizer, max_tokens=max_tokens).prompt, on_bad_row, limit)
+    report = RowReport(on_bad_row)
+    encoder = Encoder(tokenizer, max_tokens=max_tokens, too_long=too_long, report=report)
+    items = _load(path, encoder.prompt, report, limit)
     return Prompts([item.ids for item in items], [item.messages for item in items], report)
 
 
@@ -138,6 +143,7 @@ def load_pairs(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_tokens: int,
+    too_long: TooLong = "bad",
     on_bad_row: OnBadRow = "stop",
     limit: int | None = None,
 ) -> Pairs:
@@ -146,7 +152,9 @@ def load_pairs(
     ``max_tokens`` bounds prompt plus longer answer. Bad rows are also those whose two dialogues do not share
     the prompt, or whose answers are equal or empty.
     """
-    return Pairs(*_load(path, Encoder(tokenizer, max_tokens=max_tokens).pair, on_bad_row, limit))
+    report = RowReport(on_bad_row)
+    encoder = Encoder(tokenizer, max_tokens=max_tokens, too_long=too_long, report=report)
+    return Pairs(_load(path, encoder.pair, report, limit), report)
 
 
 def load_dialogues(
@@ -154,6 +162,7 @@ def load_dialogues(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_tokens: int,
+    too_long: TooLong = "bad",
     on_bad_row: OnBadRow = "stop",
     limit: int | None = None,
 ) -> Dialogues:
@@ -161,15 +170,15 @@ def load_dialogues(
 
     ``max_tokens`` bounds prompt plus answer.
     """
-    return Dialogues(*_load(path, Encoder(tokenizer, max_tokens=max_tokens).answered, on_bad_row, limit))
+    report = RowReport(on_bad_row)
+    encoder = Encoder(tokenizer, max_tokens=max_tokens, too_long=too_long, report=report)
+    return Dialogues(_load(path, encoder.answered, report, limit), report)
 
 
-def _load(
-    source: Source, encode: Callable[[Any], Item], on_bad_row: OnBadRow, limit: int | None
-) -> tuple[list[Item], RowReport]:
+def _load(source: Source, encode: Callable[[Any], Item], report: RowReport, limit: int | None) -> list[Item]:
     if limit is not None and limit < 1:
         raise ValueError(f"limit: got {limit}, needs at least 1, or None for all rows")
-    report, items = RowReport(on_bad_row), list[Item]()
+    items: list[Item] = []
     for line, row in read_rows(source, report=report):
         try:
             items.append(encode(row))
@@ -179,6 +188,6 @@ def _load(
             break
     if not items:
         raise ValueError(f"{place(source, 0).removesuffix(':0')}: no usable row; {report}")
-    if report.skipped:
+    if report.skipped or report.notes:
         logger.warning("%s", report)
-    return items, report
+    return items

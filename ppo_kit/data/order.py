@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from hashlib import blake2b
+
 import torch
 
 
@@ -11,8 +13,14 @@ def epoch_order(rows: int, seed: int, epoch: int) -> list[int]:
     >>> epoch_order(4, seed=0, epoch=0) == epoch_order(4, seed=0, epoch=0)
     True
     """
-    # The factor keeps (seed, epoch + 1) and (seed + 1, epoch) apart; the generator reads the low 32 bits.
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**32)
+    return permutation(rows, seed, epoch)
+
+
+def permutation(rows: int, *key: int) -> list[int]:
+    """A permutation of ``range(rows)`` that only the integers of ``key`` decide."""
+    # torch's generator reads 32 bits of its seed: a hash keeps (0, 1) and (1, 0), and near seeds, apart.
+    digest = blake2b(repr(key).encode(), digest_size=4).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
     return torch.randperm(rows, generator=generator).tolist()
 
 

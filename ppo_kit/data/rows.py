@@ -6,6 +6,7 @@ A row is whatever one JSON value holds; which dialogue it means, :mod:`ppo_kit.d
 from __future__ import annotations
 
 import gzip
+import importlib
 import json
 import zlib
 from collections import Counter
@@ -35,9 +36,10 @@ class BadRow(ValueError):
 
 
 class RowReport:
-    """What became of the rows: how many were read, how many skipped and why, how many cut.
+    """What became of the rows: how many were read, how many skipped and why, and what else is to be said.
 
     ``on_bad_row="stop"`` raises the first :class:`BadRow` it is handed; ``"skip"`` counts it by reason.
+    ``notes`` counts what happened to rows that were kept.
 
     >>> report = RowReport("skip")
     >>> report.rows = 1700
@@ -53,6 +55,7 @@ class RowReport:
         self.rows = 0
         self.skipped: Counter[str] = Counter()
         self.first = ""
+        self.notes: Counter[str] = Counter()
 
     def bad(self, error: BadRow) -> None:
         """Raise ``error``, or count it."""
@@ -62,24 +65,26 @@ class RowReport:
         self.skipped[error.reason] += 1
 
     def __str__(self) -> str:
-        total = self.skipped.total()
-        if not total:
-            return f"read {self.rows:,} rows, skipped none"
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.skipped.most_common())
-        return f"skipped {total:,} of {self.rows:,} rows: {reasons} (first: {self.first})"
+        text = f"read {self.rows:,} rows, skipped none"
+        if total := self.skipped.total():
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.skipped.most_common())
+            text = f"skipped {total:,} of {self.rows:,} rows: {reasons} (first: {self.first})"
+        return "; ".join([text, *(f"{count:,} {note}" for note, count in self.notes.most_common())])
 
 
 def read_rows(source: Source, *, report: RowReport | None = None) -> Iterator[tuple[int, Any]]:
     """Iterate lazily over ``(line number, row)`` of a file or of an iterable of rows; both count from 1.
 
     Files: ``.jsonl`` (blank lines are passed over) and ``.json`` (a list, or one row a line), plain or
-    ``.gz``. A ``.json`` list is held in memory as text; lines never are. ``report`` counts the rows and
-    decides about bad ones; without it the first one stops.
+    ``.gz``, and ``.parquet`` where pyarrow is installed. A ``.json`` list is held in memory as text; the
+    others are read piece by piece. ``report`` counts the rows and decides about bad ones; without it the
+    first one stops.
 
     Raises:
         BadRow: a row is not UTF-8 or not JSON and the report says stop; or, whatever it says, the file is
             damaged from there on (a broken gzip stream or JSON list), so that going on would cut it silently.
         ValueError: the file's ending is not one of those above.
+        ImportError: a Parquet file without pyarrow; the message has the command that installs it.
 
     >>> [row["prompt"] for _, row in read_rows([{"prompt": "Hello"}, {"prompt": "Bye"}])]
     ['Hello', 'Bye']
@@ -121,10 +126,13 @@ def read_raw(source: Source) -> Iterator[tuple[int, Any]]:
         return
     path = Path(source)
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    if suffixes[-1:] == [".parquet"]:
+        yield from enumerate(_parquet(path), 1)
+        return
     zipped = suffixes[-1:] == [".gz"]
     kind = (suffixes[:-1] if zipped else suffixes)[-1:]
     if kind not in ([".jsonl"], [".json"]):
-        raise ValueError(f"{path}: cannot tell the format; needs .jsonl or .json, plain or .gz")
+        raise ValueError(f"{path}: cannot tell the format; needs .jsonl or .json, plain or .gz, or .parquet")
     line = 0
     try:
         with gzip.open(path, "rb") if zipped else path.open("rb") as handle:
@@ -132,6 +140,19 @@ def read_raw(source: Source) -> Iterator[tuple[int, Any]]:
                 yield line, raw
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise BadRow("damaged gzip file", str(error), place(path, line + 1)) from None
+
+
+def _parquet(path: Path) -> Iterator[Any]:
+    try:
+        parquet = importlib.import_module("pyarrow.parquet")
+    except ImportError:
+        raise ImportError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from None
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                yield from batch.to_pylist()
+    except importlib.import_module("pyarrow").ArrowInvalid as error:
+        raise BadRow("damaged Parquet file", str(error), place(path, 1)) from None
 
 
 def _lines(handle: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
