@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 BLUE, ORANGE, GREEN, PINK, SKY, RED = "#0072B2", "#C66A00", "#00795A", "#B5518C", "#3D93C8", "#C0392B"
 PALETTE = (BLUE, ORANGE, GREEN, PINK, SKY, RED)
@@ -44,7 +45,7 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def dress(axes: Axes, title: str, *, color: str = INK) -> None:
-    """Title on the left, two spines, a faint horizontal grid, few ticks."""
+    """Title on the left, two spines, a faint horizontal grid, few ticks, at whole steps."""
     axes.set_title(title, loc="left", fontsize=10.5, color=color, fontweight="bold", pad=7)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#B5B5B5")
@@ -52,6 +53,7 @@ def dress(axes: Axes, title: str, *, color: str = INK) -> None:
     axes.grid(axis="y", color="#E9E9E9", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.locator_params(axis="y", nbins=5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(x=0.01, y=0.1)
 
 

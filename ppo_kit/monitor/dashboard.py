@@ -32,8 +32,9 @@ from ppo_kit.monitor.history import read_json, read_rows, series
 
 _SLATE = "#3B4A5A"
 _SHADES = LinearSegmentedColormap.from_list("shades", ["#FFFFFF", "#BBD7EA", "#5FA3CF", BLUE, "#06304D"])
-_COLUMNS, _LEVELS = 40, 40
-_PREFERRED = ("policy", "reward", "lr", "critic_lr", "kl_coef", "gae_lambda", "clip", "value_clip")
+_COLUMNS = 40
+_TELLING = ("policy", "lr", "critic_lr", "kl_coef", "score_clip", "clip", "value_clip", "lam")
+_NOT_TELLING = {"seed", "steps", "out", "threads", "resume", "checkpoint_every", "fresh"}
 
 
 def draw_dashboard(folder: Path, path: Path | None = None) -> Path:
@@ -142,7 +143,9 @@ def _draw_distribution(axes: Axes, scores: Mapping[int, Sequence[float | None]])
     pooled = [np.array([v for step in group for v in scores[step] if v is not None]) for group in groups]
     everything = np.concatenate(pooled)
     low, high = everything.min(), everything.max()
-    levels = np.linspace(low, high if high > low else low + 1, _LEVELS + 1)
+    # As fine as the number of scores bears.
+    count = int(np.clip(2 * np.sqrt(len(everything) / len(pooled)), 8, 40))
+    levels = np.linspace(low, high if high > low else low + 1, count + 1)
     share = np.stack([np.histogram(column, levels)[0] / len(column) for column in pooled], axis=1)
     edges = np.array([group[0] - 0.5 for group in groups] + [groups[-1][-1] + 0.5])
     # The square root keeps the long tail visible beside the bulk.
@@ -165,9 +168,9 @@ def _draw_header(figure: Figure, folder: Path, rows: Sequence[Mapping[str, Any]]
     title = config.get("name", folder.name)
     figure.text(0.052, 0.975, title, fontsize=18, fontweight="bold", color=INK, va="top")
     facts = [f"seed {config['seed']}"] if "seed" in config else []
-    names = [name for name in _PREFERRED if name in settings]
-    names += [name for name in config.get("changed", {}) if name not in {*names, "seed", "steps", "out"}]
-    facts += [progress] + [f"{name} {settings[name]}" for name in names[:8]]
+    names = [name for name in config.get("changed", {}) if name not in _NOT_TELLING]
+    names += [name for name in _TELLING if name in settings and name not in names]
+    facts += [progress] + [f"{name} {str(settings[name])[:24]}" for name in names[:8]]
     window = window_of(len(rows))
     if window > 1:
         facts.append(f"bold: mean over {window} steps")
