@@ -48,15 +48,19 @@ def test_ctrl_c_ends_the_run_after_its_step(tmp_path):
 
 def test_a_second_signal_stops_at_once(toy, tmp_path):
     run = toy.Run(toy.ToySettings(out=tmp_path / "run"), name="toy")
-    with pytest.raises(KeyboardInterrupt), run:
-        for step in run.steps():
-            run.log(step, {"score": 1.0})
-            if step == 2:
-                signal.raise_signal(signal.SIGINT)
-                signal.raise_signal(signal.SIGINT)
-    assert (
-        run.folder / "metrics.jsonl"
-    ).read_text() == '{"step": 1, "score": 1.0}\n{"step": 2, "score": 1.0}\n'
+
+    def train():
+        with run:
+            for step in run.steps():
+                run.log(step, {"score": 1.0})
+                if step == 2:
+                    signal.raise_signal(signal.SIGINT)
+                    signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train()
+    lines = (run.folder / "metrics.jsonl").read_text().splitlines()
+    assert lines == ['{"step": 1, "score": 1.0}', '{"step": 2, "score": 1.0}']
 
 
 def test_handlers_are_put_back():
