@@ -1,0 +1,287 @@
+"""What every module owes: invariance to padding, order and split, constants, renamed keys, clear errors."""
+
+from functools import cache
+from functools import partial as part
+
+import pytest
+import torch
+from hypothesis import find, settings
+from tensordict import TensorDict
+
+import ppo_kit.modules
+from ppo_kit.functional import length_adaptive_lambda
+from ppo_kit.modules import (
+    CISPO,
+    GAE,
+    GMPO,
+    GRPO,
+    GSPO,
+    OPO,
+    RLOO,
+    BatchLoss,
+    BatchModule,
+    Clip,
+    ClippedSurrogate,
+    ClippedValueLoss,
+    ConstantMean,
+    DropTruncated,
+    EntropyBonus,
+    HuberValueLoss,
+    ImportanceSampling,
+    KLCov,
+    KLLoss,
+    KLPenalty,
+    LanguageModelLoss,
+    LengthPenalty,
+    MissingEndPenalty,
+    MonteCarlo,
+    OverlongPenalty,
+    PairwiseLoss,
+    PlaceScore,
+    PolicyGradient,
+    PPOPenalty,
+    ReMax,
+    ResponseAdvantage,
+    ScoreClip,
+    ScoreNormalize,
+    ScoreScale,
+    ScoreWhiten,
+    SquaredValueLoss,
+    SumScores,
+    TruncatedImportance,
+    Whiten,
+)
+from ppo_kit.testing import (
+    batches,
+    check_gradients,
+    check_padding_invariance,
+    check_row_order,
+    check_split_invariance,
+)
+
+SHAPING = [
+    part(ScoreNormalize),
+    part(ScoreScale),
+    part(ScoreClip, 0.5),
+    part(ScoreWhiten),
+    part(SumScores, {"score": 0.5, "shaped_score": 2.0}),
+    part(LengthPenalty, 0.1, free=2),
+    part(OverlongPenalty, max_length=5, buffer=3),
+    part(MissingEndPenalty, 0.5),
+    part(DropTruncated),
+    part(PlaceScore),
+    part(KLPenalty, 0.1),
+    part(KLPenalty, 0.1, kind="k3"),
+    part(GAE, 0.9, 0.8),
+    part(GAE, bootstrap=True),
+    part(GAE, lam=length_adaptive_lambda, critic_lam=1.0),
+    part(MonteCarlo, 0.9),
+    part(MonteCarlo, baseline=True),
+    part(RLOO),
+    part(GRPO),
+    part(GRPO, scale=False),
+    part(OPO),
+    part(ReMax),
+    part(Whiten),
+    part(Whiten, "returns", shift_mean=False),
+    part(Whiten, reduce=lambda sums: sums),
+    part(Clip, 0.5),
+    part(TruncatedImportance),
+]
+POLICY = [
+    part(ClippedSurrogate),
+    part(ClippedSurrogate, clip=0.1, clip_high=0.3, dual_clip=1.5),
+    part(ClippedSurrogate, aggregate="sequence_mean"),
+    part(ClippedSurrogate, aggregate=ConstantMean(7), weight=0.5),
+    part(PolicyGradient),
+    part(ImportanceSampling),
+    part(PPOPenalty, 0.5),
+    part(CISPO),
+    part(GSPO, clip=0.1, clip_high=0.1),
+    part(GMPO),
+    part(KLLoss, 0.1),
+    part(KLLoss, 0.1, kind="k2", aggregate="sequence_mean"),
+    part(LanguageModelLoss, weight=0.3),
+]
+CRITIC = [part(SquaredValueLoss), part(ClippedValueLoss), part(HuberValueLoss, delta=0.5)]
+ENTROPY = [part(EntropyBonus, 0.01), part(EntropyBonus, 0.01, 0.7)]
+LOSSES = POLICY + CRITIC + ENTROPY
+EXTRA = {"greedy_score": "B", "sampler_log_probs": "BT"}
+
+
+def every(makes):
+    return pytest.mark.parametrize("make", makes, ids=lambda make: make.func.__name__)
+
+
+def test_no_module_is_forgotten():
+    public = {getattr(ppo_kit.modules, name) for name in ppo_kit.modules.__all__}
+    classes = {
+        c for c in public if isinstance(c, type) and issubclass(c, BatchModule) and hasattr(c, "compute")
+    }
+    tested = {make.func for make in [*SHAPING, *LOSSES, part(KLCov)]}
+    assert classes - {ResponseAdvantage} == tested
+
+
+@every([*SHAPING, *LOSSES, part(KLCov, fraction=0.3)])
+def test_padding_changes_nothing(make):
+    module = make()
+    check_padding_invariance(module, on=batches(extra=EXTRA), max_examples=8)
+
+
+@every([*SHAPING, *LOSSES])
+def test_order_of_rows_changes_nothing(make):
+    module = make()
+    check_row_order(module, on=batches(extra=EXTRA), max_examples=8)
+
+
+@every(LOSSES)
+def test_micro_batches_add_up(make):
+    module = make()
+    check_split_invariance(module, max_examples=8)
+
+
+@every(POLICY)
+def test_only_the_policy_gets_a_policy_gradient(make):
+    module = make()
+    if isinstance(module, GSPO | GMPO | CISPO):  # their gradient is by design not that of their value
+        batch = _one()
+        leaves = {key: batch[key].requires_grad_() for key in module.in_keys if key != "response_mask"}
+        module(batch)["loss_policy"].backward()
+        assert [key for key, leaf in leaves.items() if leaf.grad is not None] == ["log_probs"]
+        return
+    check_gradients(module, ["log_probs"], max_examples=4)
+
+
+@every(CRITIC)
+def test_only_the_critic_gets_a_value_gradient(make):
+    module = make()
+    check_gradients(module, ["values"], max_examples=4)
+
+
+@every(ENTROPY)
+def test_entropy_gradient(make):
+    module = make()
+    check_gradients(module, ["entropy"], max_examples=4)
+
+
+@cache
+def _found() -> TensorDict:
+    return find(
+        batches(extra=EXTRA),
+        lambda batch: len(batch) == 3 and bool(batch["response_mask"].all()),
+        settings=settings(database=None, deadline=None, derandomize=True),
+    )
+
+
+def _one() -> TensorDict:
+    return _found().clone()
+
+
+@every([*SHAPING, *LOSSES, part(KLCov)])
+def test_renamed_and_nested_keys(make):
+    module = make()
+    batch = _one()
+    expected = module(batch.clone())
+    moved = TensorDict({("deep", f"my_{key}"): batch[key] for key in module.in_keys}, batch.batch_size)
+    in_keys = [("deep", f"my_{key}") for key in module.in_keys]
+    out_keys = [("out", f"my_{key}") for key in module.out_keys]
+    out = make(in_keys=in_keys, out_keys=out_keys)(moved)
+    for key in module.out_keys:
+        assert torch.equal(out["out", f"my_{key}"], expected[key]), key
+
+
+@every([*SHAPING, *LOSSES, part(KLCov)])
+def test_missing_keys_are_named(make):
+    module = make()
+    batch = _one()
+    for key in module.in_keys:
+        with pytest.raises(KeyError) as error:
+            module(batch.exclude(key))
+        assert f"{make.func.__name__} needs '{key}'; the batch holds [" in str(error.value)
+        assert "prompt_ids" in str(error.value)
+
+
+@every(LOSSES)
+def test_losses_return_a_scalar_tensordict(make):
+    module = make()
+    batch = _one()
+    keys = set(batch.keys())
+    out = module(batch)
+    assert isinstance(module, BatchLoss)
+    assert out.batch_size == torch.Size([])
+    assert list(out.keys()) == module.out_keys
+    assert all(value.shape == () and value.dtype == torch.float32 for value in out.values())
+    assert str(module.out_keys[0]).startswith("loss_")
+    assert set(batch.keys()) == keys
+
+
+@every([part(GAE), part(KLPenalty, 0.1), part(ClippedSurrogate), part(Whiten)])
+def test_wrong_batches_are_named(make):
+    module = make()
+    batch = _one()
+    mask = batch["response_mask"].clone()
+    who = make.func.__name__
+    first = module.in_keys[0]
+
+    mask[1] = torch.arange(mask.shape[1]) > 0 if mask.shape[1] > 1 else mask[1]
+    wide = torch.cat([mask, mask], 1) & (torch.arange(2 * mask.shape[1]) > 0)
+    with pytest.raises(ValueError, match=f"{who}: 'response_mask' has shape .* needs T="):
+        module(batch.clone().set("response_mask", wide))
+    with pytest.raises(ValueError, match=f"{who}: 'response_mask' is torch.int64, needs torch.bool"):
+        module(batch.clone().set("response_mask", batch["response_mask"].long()))
+    with pytest.raises(ValueError, match=rf"{who}: '{first}' has shape \[3, \d, 1\], needs \[B,T\]"):
+        module(batch.clone().set(first, batch[first][..., None]))
+    unbatched = TensorDict(batch.to_dict(), [])
+    with pytest.raises(ValueError, match=rf"{who}: batch_size is \[\], needs one dimension"):
+        module(unbatched)
+    two = batch.clone().apply(lambda x: torch.cat([x, x], 1) if x.ndim == 2 else x)
+    two["response_mask"][1, 0] = False
+    with pytest.raises(
+        ValueError, match=rf"{who}: 'response_mask' row 1 is not right-padded \(valid slots \[1"
+    ):
+        module(two)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ScoreClip(0), "ScoreClip: delta got 0, needs a finite number above 0"),
+        (lambda: ScoreNormalize(eps=0), "ScoreNormalize: eps got 0"),
+        (lambda: Clip(float("nan")), "Clip: delta got nan"),
+        (lambda: GAE(gamma=1.1), "GAE: gamma got 1.1, needs a number in [0, 1]"),
+        (lambda: GAE(lam=-0.1), "GAE: lam got -0.1"),
+        (lambda: GAE(critic_lam=2), "GAE: critic_lam got 2"),
+        (lambda: MonteCarlo(2.0), "MonteCarlo: gamma got 2.0"),
+        (lambda: GRPO(eps=-1), "GRPO: eps got -1, needs a finite number, 0 or more"),
+        (lambda: ClippedSurrogate(clip=1.5), "ClippedSurrogate: clip got 1.5 and clip_high None"),
+        (
+            lambda: ClippedSurrogate(dual_clip=1.0),
+            "ClippedSurrogate: dual_clip got 1.0, needs a number above 1",
+        ),
+        (lambda: ClippedSurrogate(aggregate="mean"), "aggregate got 'mean', needs one of"),
+        (lambda: ConstantMean(0), "ConstantMean: length got 0"),
+        (lambda: ClippedValueLoss(clip=0), "ClippedValueLoss: clip got 0"),
+        (lambda: HuberValueLoss(delta=-1), "HuberValueLoss: delta got -1"),
+        (lambda: PPOPenalty(-1), "PPOPenalty: beta got -1"),
+        (lambda: KLCov(fraction=0), "KLCov: fraction got 0, needs a number in (0, 1]"),
+        (lambda: GSPO(clip=2), "GSPO: clip got 2"),
+        (lambda: GMPO(log_clip=-1), "GMPO: log_clip got -1"),
+        (lambda: TruncatedImportance(0), "TruncatedImportance: cap got 0"),
+        (lambda: OverlongPenalty(max_length=4, buffer=5), "OverlongPenalty: buffer got 5"),
+        (lambda: LengthPenalty(-1), "LengthPenalty: per_token got -1"),
+        (lambda: MissingEndPenalty(-1), "MissingEndPenalty: penalty got -1"),
+        (lambda: SumScores({}), "SumScores: weights got {}"),
+        (
+            lambda: KLLoss(0.1, kind="k1"),
+            "KLLoss: kind got 'k1', whose gradient does not depend on the reference",
+        ),
+        (lambda: KLPenalty(0.1, kind="k4"), "KLPenalty: kind got 'k4', needs one of ['k1', 'k2', 'k3']"),
+        (lambda: PairwiseLoss(margin=-1), "PairwiseLoss: margin got -1"),
+        (lambda: GAE(in_keys=["rewards"]), "GAE: in_keys got ['rewards'], needs 3 in the order"),
+        (lambda: PlaceScore(out_keys="rewards"), "PlaceScore: out_keys got 'rewards', needs a list of keys"),
+    ],
+)
+def test_wrong_settings_are_named(make, message):
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - compared below
+        make()
+    assert message in str(error.value)
