@@ -176,7 +176,7 @@ def group_normalize(score: Tensor, group_id: Tensor, *, scale: bool = True, eps:
     centred = difference.sum(1) / size
     if not scale:
         return centred
-    variance = torch.where(same, centred.square(), torch.zeros_like(centred)).sum(1) / (size - 1).clamp(min=1)
+    variance = zero_masked(centred.square().expand_as(same), same).sum(1) / (size - 1).clamp(min=1)
     return centred / (variance.sqrt() + eps)
 
 
@@ -200,7 +200,7 @@ def optimal_baseline(score: Tensor, group_id: Tensor, lengths: Tensor) -> Tensor
     same, difference = _group_differences(score, group_id)
     if lengths.shape != score.shape:
         raise ValueError(f"lengths: got shape {list(lengths.shape)}, needs {list(score.shape)} as in score")
-    weights = torch.where(same, lengths.to(score.dtype), torch.zeros_like(score))
+    weights = zero_masked(lengths.to(score.dtype).expand_as(same), same)
     return (weights * difference).sum(1) / weights.sum(1).clamp(min=1)
 
 
@@ -234,7 +234,7 @@ def _group_differences(score: Tensor, group_id: Tensor) -> tuple[Tensor, Tensor]
     check_dims("score", score, "B")
     check_ids("group_id", group_id, score.shape)
     same = group_id[:, None] == group_id[None, :]
-    return same, torch.where(same, score[:, None] - score[None, :], torch.zeros_like(score))
+    return same, zero_masked(score[:, None] - score[None, :], same)
 
 
 def _reverse_scan(x: Tensor, decay: float | Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ppo_kit.functional.checks import check_floats, check_ids, check_range
+from ppo_kit.functional.masked import zero_masked
 
 
 def token_log_probs(logits: Tensor, ids: Tensor) -> Tensor:
@@ -52,7 +53,7 @@ def token_entropy(logits: Tensor) -> Tensor:
     check_floats(logits=logits)
     log_p = _log_softmax(logits)
     # Before the product: 0 × -inf is NaN, in the value and in the gradient.
-    surprise = torch.where(log_p == -torch.inf, torch.zeros_like(log_p), -log_p)
+    surprise = zero_masked(-log_p, log_p != -torch.inf)
     return (log_p.exp() * surprise).sum(-1)
 
 

@@ -55,7 +55,7 @@ def assert_same(got: Sequence[Tensor], expected: Sequence[Tensor], **tolerance: 
 
 
 def assert_padding_invariant(fn: Callable[..., Any], inputs: Sequence[Tensor], mask: Tensor) -> None:
-    """Garbage in masked slots changes no output and no gradient, not by a bit, and no gradient reaches them."""
+    """Garbage in masked slots changes no bit of any output or gradient, and no gradient reaches them."""
     expected = outputs_and_gradients(fn, [torch.where(mask, x, 0.0) for x in inputs])
     for garbage in GARBAGE:
         got = outputs_and_gradients(fn, [torch.where(mask, x, garbage) for x in inputs])

@@ -131,7 +131,8 @@ def test_an_empty_response_has_no_advantage_whatever_its_bootstrap() -> None:
     ones = torch.ones(2, 2)
     end = torch.tensor([float("nan"), 0.5], requires_grad=True)
     advantages, returns = gae(ones, ones, mask, gamma=1.0, lam=1.0, bootstrap_value=end)
-    assert not advantages[0].any() and not returns[0].any()
+    assert not advantages[0].any()
+    assert not returns[0].any()
     (gradient,) = torch.autograd.grad(returns.sum(), end)
     assert gradient.tolist() == [0.0, 2.0]
 
