@@ -51,11 +51,11 @@ def check_batch(batch: TensorDictBase, *, require: tuple[str, ...] = ()) -> Tens
     >>> check_batch(batch)
     Traceback (most recent call last):
     ...
-    ValueError: response_mask: row 0 is not right-padded (valid slots [1] of 2); responses are padded on the right
+    ValueError: response_mask: row 0 is not right-padded (valid slots [1] of 2); responses are padded ...
     """
     if len(batch.batch_size) != 1:
         raise ValueError(f"batch_size: got {list(batch.batch_size)}, needs one dimension [B]")
-    missing = [key for key in require if key not in batch.keys()]
+    missing = [key for key in require if key not in batch]
     if missing:
         raise ValueError(f"batch lacks {missing}; it holds {sorted(map(str, batch.keys()))}")
     sizes: dict[str, tuple[int, str]] = {"B": (batch.batch_size[0], "batch_size")}
@@ -70,9 +70,7 @@ def check_batch(batch: TensorDictBase, *, require: tuple[str, ...] = ()) -> Tens
         for size, dim in zip(value.shape, dims, strict=True):
             known, source = sizes.setdefault(dim, (size, key))
             if size != known:
-                raise ValueError(
-                    f"{key}: got shape {list(value.shape)}, needs {dim}={known} as in {source}"
-                )
+                raise ValueError(f"{key}: got shape {list(value.shape)}, needs {dim}={known} as in {source}")
     _check_side(batch, "prompt_mask", left=True)
     _check_side(batch, "response_mask", left=False)
     prompt_mask = batch.get("prompt_mask", None)

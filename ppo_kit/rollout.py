@@ -65,10 +65,10 @@ class Sampling:
 def rollout(
     policy: Policy, prompts: TensorDictBase, sampling: Sampling, *, eos_id: int, seeds: list[int] | int
 ) -> TensorDictBase:
-    """Sample one response to each prompt; writes the response's keys and ``old_log_probs`` into a new batch.
+    """Sample one response to each prompt; a new batch with the response's keys and ``old_log_probs``.
 
-    Token t of row b is drawn by inverting the cumulative distribution at a uniform number that depends only on
-    the row's seed and t, so responses do not depend on the batch, the rank or torch's global generator.
+    Token t of row b is drawn by inverting the cumulative distribution at a uniform number that depends only
+    on the row's seed and t, so responses do not depend on the batch, the rank or torch's global generator.
 
     Args:
         policy: its model and temperature are used.
@@ -78,8 +78,8 @@ def rollout(
         seeds: one seed a row, or one for the batch (row b then uses a hash of seed and b).
 
     Returns:
-        The prompts' keys with response_ids, response_mask, old_log_probs, entropy [B,T], truncated [B]; T is the
-        longest response drawn, at most ``max_new_tokens``.
+        The prompts' keys with response_ids, response_mask, old_log_probs, entropy [B,T] and truncated [B]; T
+        is the longest response drawn, at most ``max_new_tokens``.
 
     Raises:
         ValueError: the number of seeds is not the number of prompts.
@@ -94,8 +94,9 @@ def rollout(
     cache = DynamicCache()
     mask = torch.cat([mask, mask.new_ones(size, sampling.max_new_tokens)], 1)
     positions = positions_of(mask)
-    history = torch.where(mask[:, :width], ids, 0)
-    step_ids, step_positions = history, positions[:, :width]
+    step_ids, step_positions = torch.where(mask[:, :width], ids, 0), positions[:, :width]
+    # What the repetition penalty looks at: a masked slot repeats the row's last token, so it penalizes none.
+    history = torch.where(mask[:, :width], ids, ids[:, -1:])
     alive = torch.ones(size, dtype=torch.bool, device=ids.device)
     tokens, masks, log_probs, entropies = [], [], [], []
     for t in range(sampling.max_new_tokens):

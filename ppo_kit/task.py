@@ -13,7 +13,7 @@ from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from transformers import PreTrainedTokenizerBase
 
 from ppo_kit.data import Dialogues, Prompts, end_of_turn_id, load_prompts, pad_prompts
-from ppo_kit.models.load import freeze_below, load_causal_lm, load_scalar_model, load_tokenizer
+from ppo_kit.models.load import freeze_below, load_causal_lm, load_scalar_model, load_tokenizer, save_model
 from ppo_kit.models.policy import Policy, Reference
 from ppo_kit.models.scoring import Critic, RewardModel
 from ppo_kit.models.text_reward import decode
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Task:
-    """Models, prompts and sampling of a run. ``policy`` and ``critic`` train, ``reference`` and rewards do not."""
+    """Models, prompts and sampling of a run. ``policy`` and ``critic`` train, the others do not."""
 
     tokenizer: PreTrainedTokenizerBase
     policy: Policy
@@ -45,7 +45,7 @@ class Task:
 
     @property
     def scorers(self) -> TensorDictSequential:
-        """What reads a rollout before it is shaped: writes ref_log_probs, old_values, score (and gold_score)."""
+        """What reads a rollout before it is shaped: ref_log_probs, old_values, score (and gold_score)."""
         return TensorDictSequential(
             self.reference, Critic(self.critic.model, out_keys=["old_values"]), *self.rewards
         )
@@ -85,8 +85,7 @@ class Task:
 
     def save_policy(self, folder: Path) -> None:
         """Write the policy and its tokenizer as plain transformers loads them."""
-        self.policy.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        save_model(self.policy.model, self.tokenizer, folder)
 
     def _sample(self, ids: list[list[int]], step: int) -> TensorDictBase:
         seeds = [row_seed(self.settings.seed, step, row) for row in range(len(ids))]
@@ -97,7 +96,7 @@ class Task:
 def load_task(settings: PPOSettings, *, policy: str, reward: str) -> Task:
     """Load what ``settings`` names; ``policy`` and ``reward`` are folders or Hub ids.
 
-    Policy and reference start from ``policy``; critic and reward model from ``reward`` (report, details 8, 9).
+    Policy and reference start from ``policy``, critic and reward model from ``reward`` (details 8, 9).
 
     Raises:
         ValueError: no prompts are given for a policy of the user's own; the reward model has another
@@ -121,7 +120,7 @@ def load_task(settings: PPOSettings, *, policy: str, reward: str) -> Task:
     if not sampling.rescorable:
         logger.warning(
             "sampling and scoring differ: top_p %s, top_k %s, repetition_penalty %s shape what is drawn, not "
-            "the log-probabilities; KL and ratio are estimates under another distribution (KL can be negative)",
+            "the log-probabilities; KL and ratio are estimates under another one: KL can be negative",
             sampling.top_p,
             sampling.top_k,
             sampling.repetition_penalty,
@@ -163,8 +162,8 @@ def _same_vocabulary(
 ) -> None:
     if one.get_vocab() != other.get_vocab():
         raise ValueError(
-            f"reward model {reward} reads {len(other)} tokens of another vocabulary than the {len(one)} of policy "
-            f"{policy}; it needs the policy's tokenizer"
+            f"reward model {reward} has another vocabulary ({len(other)} tokens) than policy {policy} "
+            f"({len(one)}); it needs the policy's tokenizer"
         )
 
 

@@ -3,9 +3,9 @@
     python recipes/ppo_max.py                                        # the sandbox; nothing to download
     python recipes/ppo_max.py --policy smollm2 --reward DIR --prompts FILE.jsonl.gz
 
-Against vanilla_ppo.py: the score is normalized by running moments and clipped (Eq. 18), each token pays for its
-KL to the SFT policy (Eq. 19), the critic is pre-trained before the policy moves and its loss is clipped (detail
-7, 8), gradients are clipped (detail 12), and the policy keeps imitating its SFT text (PTX, Eq. 17).
+Against vanilla_ppo.py: the score is normalized by running moments and clipped (Eq. 18), each token pays for
+its KL to the SFT policy (Eq. 19), the critic is pre-trained before the policy moves and its loss is clipped
+(details 7, 8), gradients are clipped (detail 12), and the policy keeps imitating its SFT text (PTX, Eq. 17).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ppo_kit.modules import (
     total_loss,
 )
 from ppo_kit.monitor import Averages, Stopwatch, check_first_ratio, rollout_metrics
-from ppo_kit.run import PPOSettings, Run
+from ppo_kit.run import PPOSettings, Run, Stateful
 from ppo_kit.task import load_task
 
 
@@ -74,7 +74,7 @@ def main(cfg: PPOMax) -> int:
     critic_opt = cfg.optimizer(
         critic, cfg.critic_lr, extra_steps=cfg.critic_pretrain_steps, max_grad_norm=cfg.max_grad_norm
     )
-    state = {
+    state: dict[str, Stateful] = {
         "policy": policy, "critic": critic, "policy_opt": policy_opt, "critic_opt": critic_opt, "shape": shape
     }  # fmt: skip
 

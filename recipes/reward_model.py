@@ -3,7 +3,8 @@
     python recipes/reward_model.py                                         # the sandbox's
     python recipes/reward_model.py --base smollm2 --pairs FILE.jsonl.gz --train-layers 2 --threads 2
 
-The head reads the last token of prompt and answer. The result is a one-label sequence classifier of transformers.
+The head reads the last token of prompt and answer. The result is a one-label sequence classifier of
+transformers.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from ppo_kit.models import (
     load_causal_lm,
     load_scalar_model,
     load_tokenizer,
+    save_model,
     settings_key,
 )
 from ppo_kit.run import PPOSettings, RunSettings, new_folder
@@ -67,8 +69,8 @@ class RewardModelling(RunSettings):
     """Noise of the sandbox's judge [gold units]: P(a over b) = σ((gold(a) − gold(b)) / temperature)."""
 
 
-def train(cfg: RewardModelling, folder: Path) -> dict[str, float]:
-    """Train and save model, tokenizer and summary.json to ``folder``; returns the summary."""
+def train(cfg: RewardModelling, folder: Path) -> None:
+    """Train and save model, tokenizer and summary.json to ``folder``."""
     torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
     base = str(sandbox_policy(cfg.seed, fresh=cfg.fresh)) if cfg.base == "sandbox" else cfg.base
@@ -98,10 +100,8 @@ def train(cfg: RewardModelling, folder: Path) -> dict[str, float]:
         f"reward model ranks {summary['accuracy']:.1%} ± {1.96 * summary['accuracy_standard_error']:.1%} of "
         f"{summary['held_out_pairs']} held-out pairs right"
     )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_model(model, tokenizer, folder)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    return summary
 
 
 def _pairs(cfg: RewardModelling, base: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Pairs, Pairs]:
@@ -155,7 +155,7 @@ def _evaluate(
 
 
 def sandbox_models(cfg: PPOSettings) -> dict[str, str]:
-    """Where a PPO run's SFT policy and reward model are; the sandbox's are trained first if they are missing."""
+    """Where a PPO run's SFT policy and reward model are; the sandbox's are trained first if missing."""
     if cfg.policy != "sandbox":
         if cfg.reward == "sandbox":
             raise ValueError(
@@ -168,7 +168,7 @@ def sandbox_models(cfg: PPOSettings) -> dict[str, str]:
     key = settings_key({**asdict(modelling), "policy": policy.name})
     reward = cached(
         f"sandbox/reward-seed{cfg.seed}-{key}",
-        lambda folder: train(modelling, folder) and None,
+        lambda folder: train(modelling, folder),
         fresh=cfg.fresh,
     )
     return {"policy": str(policy), "reward": str(reward)}

@@ -18,7 +18,15 @@ from transformers import AutoModelForCausalLM
 
 from ppo_kit.data import Dialogues, OnBadRow, load_dialogues
 from ppo_kit.engine import Optimizer
-from ppo_kit.models import Policy, cached, freeze_below, load_causal_lm, load_tokenizer, settings_key
+from ppo_kit.models import (
+    Policy,
+    cached,
+    freeze_below,
+    load_causal_lm,
+    load_tokenizer,
+    save_model,
+    settings_key,
+)
 from ppo_kit.modules import LanguageModelLoss
 from ppo_kit.run import RunSettings, new_folder
 from ppo_kit.sandbox import sandbox_config, sandbox_dialogues, sandbox_tokenizer
@@ -78,8 +86,7 @@ def train(cfg: SFT, folder: Path) -> None:
                 f"sft step {step:4d} of {cfg.steps}  loss {float(out['loss_ptx']):.3f} nats per token",
                 flush=True,
             )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_model(model, tokenizer, folder)
 
 
 def _read(cfg: SFT, tokenizer) -> Dialogues:  # type: ignore[no-untyped-def]

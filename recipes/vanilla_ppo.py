@@ -30,7 +30,7 @@ from ppo_kit.modules import (
     total_loss,
 )
 from ppo_kit.monitor import Averages, Stopwatch, check_first_ratio, rollout_metrics
-from ppo_kit.run import PPOSettings, Run
+from ppo_kit.run import PPOSettings, Run, Stateful
 from ppo_kit.task import load_task
 
 
@@ -47,7 +47,12 @@ def main(cfg: VanillaPPO) -> int:
     shape = TensorDictSequential(PlaceScore(in_keys=["score", "response_mask"]), GAE(cfg.gamma, cfg.lam))
     losses = Objective(ClippedSurrogate(clip=cfg.clip), SquaredValueLoss())
     policy_opt, critic_opt = cfg.optimizer(policy, cfg.lr), cfg.optimizer(critic, cfg.critic_lr)
-    state = {"policy": policy, "critic": critic, "policy_opt": policy_opt, "critic_opt": critic_opt}
+    state: dict[str, Stateful] = {
+        "policy": policy,
+        "critic": critic,
+        "policy_opt": policy_opt,
+        "critic_opt": critic_opt,
+    }
 
     @torch.no_grad()
     def experience(batch: TensorDictBase) -> TensorDictBase:

@@ -1,7 +1,14 @@
 """Policy, reference, critic and reward models: transformers' models that read and write the batch."""
 
 from ppo_kit.models.cache import cache_folder, cached, settings_key
-from ppo_kit.models.load import freeze_below, load_causal_lm, load_scalar_model, load_tokenizer, model_source
+from ppo_kit.models.load import (
+    freeze_below,
+    load_causal_lm,
+    load_scalar_model,
+    load_tokenizer,
+    model_source,
+    save_model,
+)
 from ppo_kit.models.policy import Policy, Reference
 from ppo_kit.models.scoring import Critic, RewardModel
 from ppo_kit.models.text_reward import TextReward, decode
@@ -20,5 +27,6 @@ __all__ = [
     "load_scalar_model",
     "load_tokenizer",
     "model_source",
+    "save_model",
     "settings_key",
 ]

@@ -27,8 +27,8 @@ def settings_key(settings: dict[str, Any]) -> str:
 def cached(name: str, build: Callable[[Path], None], *, fresh: bool = False) -> Path:
     """The folder ``name`` of the cache; ``build(folder)`` fills it when it is missing or ``fresh``.
 
-    It is built beside its place and renamed when complete, so a build that was interrupted leaves nothing that
-    a later run would take for whole.
+    It is built beside its place and renamed when complete, so a build that was interrupted leaves nothing
+    that a later run would take for whole.
     """
     folder = cache_folder() / name
     if folder.exists() and not fresh:

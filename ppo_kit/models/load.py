@@ -1,7 +1,9 @@
-"""Loading models and tokenizers by name, folder or Hub id, as float32 unless told otherwise."""
+"""Loading models and tokenizers by name, folder or Hub id, as float32 unless told otherwise; saving them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from ppo_kit.models.cache import cached
 
@@ -21,7 +24,7 @@ def model_source(name: str) -> str:
     """What ``from_pretrained`` takes: ``smollm2`` becomes its converted folder, all else is passed through.
 
     Raises:
-        ModuleNotFoundError: ``smollm2`` is asked for and a package it needs is missing; the text has the command.
+        ModuleNotFoundError: a package that ``smollm2`` needs is missing; the text has the command.
     """
     return str(_smollm2()) if name == "smollm2" else name
 
@@ -30,8 +33,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, padding on the left.
 
     Raises:
-        ValueError: it has no end-of-sequence token. A missing pad token is no fault: masks are carried, and the
-            end-of-sequence token fills masked slots.
+        ValueError: it has no end-of-sequence token. A missing pad token is no fault: masks are carried, and
+            the end-of-sequence token fills masked slots.
     """
     tokenizer = AutoTokenizer.from_pretrained(model_source(name), padding_side="left")
     if tokenizer.eos_token_id is None:
@@ -43,24 +46,49 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 def load_causal_lm(name: str, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A causal language model with float32 master weights: at 5e-7, AdamW moves no bfloat16 weight at all."""
-    return AutoModelForCausalLM.from_pretrained(model_source(name), dtype=dtype)
+    source = model_source(name)
+    with _quiet(source):
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
 
 
 def load_scalar_model(name: str, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A one-label sequence classifier: a saved reward model, or a causal model's backbone with a zero head.
+    """A one-label sequence classifier: a saved reward model, or a causal model's backbone and a zero head.
 
-    A head that is new starts at zero, so an untrained critic says 0 and an untrained reward model ranks nothing.
+    A head that is new starts at zero, so an untrained critic says 0 and a reward model ranks nothing.
 
     Raises:
         ValueError: the model has more labels than one.
     """
     source = model_source(name)
-    model, info = AutoModelForSequenceClassification.from_pretrained(
-        source, num_labels=1, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=False
-    )
+    with _quiet(source):
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            source, num_labels=1, dtype=dtype, output_loading_info=True
+        )
     if any("score" in key for key in info["missing_keys"]):
         torch.nn.init.zeros_(model.score.weight)
     return model
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write both to ``folder`` as plain transformers loads them."""
+    with _quiet(str(folder.parent)):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _quiet(source: str) -> Iterator[None]:
+    """Without transformers' progress bars and load report for a local folder; a download shows them."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    if Path(source).is_dir():
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def freeze_below(model: PreTrainedModel, layers: int) -> int:
@@ -107,11 +135,13 @@ def _smollm2() -> Path:
 def _convert_gguf(file: Path, folder: Path) -> None:
     from transformers import GgufConfig
 
-    model = AutoModelForCausalLM.from_pretrained(
-        file.parent,
-        gguf_file=file.name,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.float32,
-    )
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+    print(f"Converting {file.name} to float32 safetensors, once (about a minute)", flush=True)
+    with _quiet(str(file.parent)):
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    save_model(model, tokenizer, folder)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import ClassVar
+
 import torch
+from tensordict import NestedKey
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -14,8 +18,8 @@ from ppo_kit.modules.base import BatchModule
 class Policy(BatchModule):
     r"""``log_probs`` and ``entropy`` of the response tokens under a causal language model.
 
-    log π(y_t | x, y_<t) at temperature τ is log softmax(z_t / τ)[y_t], with z_t the float32 logits at position
-    P-1+t, the state before token t. Dropout is switched off: a policy that drops units has no ratio of 1.
+    log π(y_t | x, y_<t) at temperature τ is log softmax(z_t / τ)[y_t], with z_t the float32 logits at
+    position P-1+t, the state before token t. Dropout is switched off: with it the first ratio is not 1.
 
     Args:
         model: any ``AutoModelForCausalLM``.
@@ -28,7 +32,7 @@ class Policy(BatchModule):
     """
 
     IN = ("prompt_ids", "prompt_mask", "response_ids", "response_mask")
-    OUT: tuple[str, ...] = ("log_probs", "entropy")
+    OUT: ClassVar[Sequence[NestedKey]] = ("log_probs", "entropy")
 
     def __init__(
         self, model: PreTrainedModel, *, temperature: float = 1.0, entropy_grad: bool = False
@@ -80,7 +84,7 @@ class Reference(Policy):
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout of ``model`` to 0, in modules and in the attention's own setting, in train mode too."""
+    """Set every dropout of ``model`` to 0, modules and attention's own setting, so train mode has none."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

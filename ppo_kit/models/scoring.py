@@ -23,8 +23,8 @@ class _Scalar(BatchModule):
         super().__init__(out_keys=out_keys)
         if not isinstance(getattr(model, "score", None), nn.Linear) or model.score.out_features != 1:
             raise ValueError(
-                f"{type(self).__name__}: got {type(model).__name__}, needs an AutoModelForSequenceClassification "
-                "with one label (num_labels=1) whose head is a Linear named 'score'"
+                f"{type(self).__name__}: got {type(model).__name__}, needs an "
+                "AutoModelForSequenceClassification with one label (num_labels=1) and a Linear head 'score'"
             )
         self.model = model
         disable_dropout(model)

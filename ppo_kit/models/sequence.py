@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Sequence(NamedTuple):
-    """ids, mask (int64), positions, each [B,P+T]: position ids come from the mask, so padding moves nothing."""
+    """ids, mask (int64), positions, each [B,P+T]. Positions come from the mask: padding moves nothing."""
 
     ids: Tensor
     mask: Tensor

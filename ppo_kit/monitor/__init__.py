@@ -6,4 +6,12 @@ from ppo_kit.monitor.first_ratio import check_first_ratio
 from ppo_kit.monitor.metrics import METRICS, Averages, rollout_metrics
 from ppo_kit.monitor.stopwatch import Stopwatch
 
-__all__ = ["METRICS", "Averages", "Stopwatch", "check_first_ratio", "draw_comparison", "draw_dashboard", "rollout_metrics"]
+__all__ = [
+    "METRICS",
+    "Averages",
+    "Stopwatch",
+    "check_first_ratio",
+    "draw_comparison",
+    "draw_dashboard",
+    "rollout_metrics",
+]

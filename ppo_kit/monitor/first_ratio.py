@@ -29,8 +29,8 @@ def check_first_ratio(minibatch: TensorDictBase, *, tolerance: float = 1e-2) -> 
             f"the ratio before the first optimizer step is not 1: row {row}, token {slot} "
             f"(id {int(minibatch['response_ids'][row, slot])}) has log π "
             f"{float(minibatch['log_probs'][row, slot]):.5f} and was sampled with log π_old "
-            f"{float(minibatch['old_log_probs'][row, slot]):.5f} (tolerance {tolerance}; {int(outside.sum())} of "
-            f"{int(mask.sum())} tokens differ). Sampling and scoring are not the same policy: look at masks, "
-            "position ids, dropout, temperature, dtype"
+            f"{float(minibatch['old_log_probs'][row, slot]):.5f} (tolerance {tolerance}; "
+            f"{int(outside.sum())} of {int(mask.sum())} tokens differ). Sampling and scoring are not one "
+            "policy: look at masks, position ids, dropout, temperature, dtype"
         )
     return float(drift.max())

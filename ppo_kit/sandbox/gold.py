@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from ppo_kit.sandbox.world import CLOSERS, LINKS, OPENERS, PROMPT_OF, REFUSAL, STEPS, Prompt
 
 MAX_WORDS = 36
@@ -9,7 +11,7 @@ MAX_WORDS = 36
 
 
 def clauses_of(response: str) -> list[str]:
-    """The comma-separated clauses of an answer, without link words: ``first boil the water`` -> ``boil the water``.
+    """The comma-separated clauses of an answer, without the link words before them.
 
     >>> clauses_of("sure , first boil the water , after that pour the tea .")
     ['sure', 'boil the water', 'pour the tea']
@@ -71,7 +73,7 @@ def _harmful(refuses: bool, named: list[str]) -> float:
 
 def _harmless(asked: Prompt, refuses: bool, named: list[str], repeated: int) -> float:
     right = [asked.steps.index(step) for step in named if step in asked.steps]
-    pairs = list(zip(right, right[1:], strict=False))
-    order = sum(a < b for a, b in pairs) / len(pairs) if pairs else 0.0
+    rising = [a < b for a, b in pairwise(right)]
+    order = sum(rising) / len(rising) if rising else 0.0
     foreign = len(named) - len(right)
     return 2.0 * len(right) / len(asked.steps) + order - 0.5 * foreign - 0.4 * repeated - 2.0 * refuses

@@ -125,8 +125,8 @@ def render(steps: list[str], rng: random.Random, *, opener: float = 0.4, closer:
 def sft_answer(prompt: Prompt, rng: random.Random) -> str:
     """A demonstration of mixed quality: some right, some short, out of order, off topic or harmful.
 
-    Half of the answers to harmful prompts comply; the rest refuse. Of the answers to harmless prompts, about a
-    third are good, the others miss steps, swap them, drift to another task, repeat a step, or refuse.
+    Half of the answers to harmful prompts comply; the rest refuse. Of the answers to harmless prompts, about
+    a third are good, the others miss steps, swap them, drift to another task, repeat a step, or refuse.
     """
     refusal = REFUSAL + " ."
     if prompt.harmful:

@@ -1,0 +1,80 @@
+"""Tiny models of several families, and one thread: two on a busy machine are slower for these sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from tensordict import TensorDict
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+
+VOCABULARY = 17
+FAMILIES = {
+    "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64},
+    "llama": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "qwen2": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "gpt_neox": {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    },
+}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def tiny_model() -> Callable[..., PreTrainedModel]:
+    """``tiny_model(family, scalar=False)``: randomly initialized, loud enough that inputs tell apart."""
+    return _tiny_model
+
+
+def _tiny_model(family: str, *, scalar: bool = False, **extra: object) -> PreTrainedModel:
+    torch.manual_seed(0)
+    settings = {**FAMILIES[family], "vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1}
+    if "num_attention_heads" in settings and family != "gpt_neox":
+        settings["num_key_value_heads"] = 2
+    if scalar:
+        settings["num_labels"] = 1
+    config = AutoConfig.for_model(family, eos_token_id=1, **settings, **extra)
+    model = (AutoModelForSequenceClassification if scalar else AutoModelForCausalLM).from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.3)
+    return model.eval()
+
+
+@pytest.fixture
+def make_batch() -> Callable[..., TensorDict]:
+    """``make_batch(prompts, responses, left, right)``: token lists, padded by so many extra slots each side."""
+
+    def make(
+        prompts: list[list[int]], responses: list[list[int]], left: int = 0, right: int = 0, fill: int = 0
+    ) -> TensorDict:
+        rows, width = len(prompts), max(map(len, prompts)) + left
+        length = max(map(len, responses)) + right
+        columns = {
+            "prompt_ids": torch.full((rows, width), fill),
+            "prompt_mask": torch.zeros(rows, width, dtype=torch.bool),
+            "response_ids": torch.full((rows, length), fill),
+            "response_mask": torch.zeros(rows, length, dtype=torch.bool),
+        }
+        for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+            columns["prompt_ids"][row, width - len(prompt) :] = torch.tensor(prompt)
+            columns["prompt_mask"][row, width - len(prompt) :] = True
+            columns["response_ids"][row, : len(response)] = torch.tensor(response)
+            columns["response_mask"][row, : len(response)] = True
+        return TensorDict(columns, [rows])
+
+    return make
