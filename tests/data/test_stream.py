@@ -1,4 +1,4 @@
-"""A stream is the file in bounded memory: every row once an epoch, the same from a saved cursor, split by rank."""
+"""A stream is the file in bounded memory: every row once an epoch, resumed by a cursor, split by rank."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_ranks_share_each_epoch_without_overlap_and_a_cursor_goes_on(
     epochs: list[list[int]] = [[], []]
     for rank in range(min(world, rows)):
         share = len(range(rank, rows, world))
-        order: dict[str, int] = {"shuffle_buffer": buffer, "seed": seed, "rank": rank, "world_size": world}
+        order: dict[str, Any] = {"shuffle_buffer": buffer, "seed": seed, "rank": rank, "world_size": world}
         whole = Stream(source, number, **order).take(3 * share + 70)
         for epoch in range(2):
             epochs[epoch] += whole[epoch * share : (epoch + 1) * share]
