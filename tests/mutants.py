@@ -1,8 +1,9 @@
 """Break ``ppo_kit/functional`` in every small way and see whether ``tests/functional`` notices.
 
-    python tests/mutants.py [module ...]     # all modules by default, e.g. ``python tests/mutants.py kl value``
+    python tests/mutants.py             # every module
+    python tests/mutants.py kl value
 
-A mutant changes one operator, comparison, constant, keyword, branch, selection or check of a copy of the
+A mutant changes one operator, comparison, constant, keyword, branch, selection or check in a copy of the
 package in a temporary folder, never the working tree. Each runs in a forked process, the module's own test
 file first and then the whole folder, until a test fails. Survivors are listed with their line; some are
 equivalent to the original (they change no result), and the rest are missing tests.
@@ -42,7 +43,8 @@ COMPARISONS = {
 OPERATORS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.BitAnd: ast.BitOr}
 NAMES = {
     "maximum": "minimum", "minimum": "maximum", "expm1": "exp", "exp": "expm1", "any": "all",
-    "masked_mean": "masked_sum", "masked_sum": "masked_mean", "ones_like": "zeros_like", "zeros_like": "ones_like", "sum": "mean",
+    "masked_mean": "masked_sum", "masked_sum": "masked_mean", "sum": "mean",
+    "ones_like": "zeros_like", "zeros_like": "ones_like",
 }  # fmt: skip
 KEYWORDS = {"min": "max", "max": "min", "low": "high", "high": "low"}
 UNWRAPPED = {"detach", "abs", "square", "sqrt", "rsqrt", "floor", "clamp", "flip", "double"}

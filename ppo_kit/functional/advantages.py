@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ppo_kit.functional.checks import check_dims, check_floats, check_ids, check_mask, check_range
-from ppo_kit.functional.masked import last_valid, zero_masked
+from ppo_kit.functional.masked import at_least_float32, last_valid, zero_masked
 
 
 def gae(
@@ -58,10 +58,7 @@ def gae(
     check_dims("rewards", rewards, "BT")
     check_mask(mask, rewards, "rewards")
     check_range("gamma", gamma, 0.0, 1.0)
-    rewards, values = (
-        zero_masked(_at_least_float32(rewards), mask),
-        zero_masked(_at_least_float32(values), mask),
-    )
+    rewards, values = (zero_masked(at_least_float32(x), mask) for x in (rewards, values))
     next_values = torch.nn.functional.pad(values[:, 1:], (0, 1))
     if bootstrap_value is not None:
         check_floats(bootstrap_value=bootstrap_value)
@@ -79,8 +76,8 @@ def gae(
     else:
         check_range("lam", lam, 0.0, 1.0)
         decay = gamma * lam
-    deltas = zero_masked(rewards + gamma * next_values - values, mask)
-    advantages = zero_masked(_reverse_scan(deltas, decay), mask)
+    # All three are 0 after the last valid token, and so are these.
+    advantages = _reverse_scan(rewards + gamma * next_values - values, decay)
     return advantages, advantages + values
 
 
@@ -128,7 +125,7 @@ def discounted_returns(rewards: Tensor, mask: Tensor, *, gamma: float = 1.0) -> 
     check_dims("rewards", rewards, "BT")
     check_mask(mask, rewards, "rewards")
     check_range("gamma", gamma, 0.0, 1.0)
-    return zero_masked(_reverse_scan(zero_masked(_at_least_float32(rewards), mask), gamma), mask)
+    return _reverse_scan(zero_masked(at_least_float32(rewards), mask), gamma)
 
 
 def leave_one_out(score: Tensor, group_id: Tensor) -> Tensor:
@@ -254,7 +251,3 @@ def _reverse_scan(x: Tensor, decay: float | Tensor) -> Tensor:
             decay *= decay
         stride *= 2
     return x
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ppo_kit.functional.checks import check_floats
-from ppo_kit.functional.masked import zero_masked
+from ppo_kit.functional.masked import at_least_float32, zero_masked
 
 _KINDS = ("k1", "k2", "k3")
 
@@ -67,8 +67,7 @@ def kl_exact(logits: Tensor, ref_logits: Tensor) -> Tensor:
     tensor(0.1438)
     """
     check_floats(logits=logits, ref_logits=ref_logits)
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    log_p, log_q = logits.to(dtype).log_softmax(-1), ref_logits.to(dtype).log_softmax(-1)
+    log_p, log_q = (at_least_float32(x).log_softmax(-1) for x in (logits, ref_logits))
     # Before the product: 0 × (-inf - ...) is NaN, in the value and in the gradient.
     difference = zero_masked(log_p - log_q, log_p != -torch.inf)
     return (log_p.exp() * difference).sum(-1)

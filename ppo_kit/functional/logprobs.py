@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ppo_kit.functional.checks import check_floats, check_ids, check_range
-from ppo_kit.functional.masked import zero_masked
+from ppo_kit.functional.masked import at_least_float32, zero_masked
 
 
 def token_log_probs(logits: Tensor, ids: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ def token_log_probs(logits: Tensor, ids: Tensor) -> Tensor:
     """
     check_floats(logits=logits)
     check_ids("ids", ids, logits.shape[:-1])
-    return _log_softmax(logits).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    return at_least_float32(logits).log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
 
 
 def token_entropy(logits: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def token_entropy(logits: Tensor) -> Tensor:
     tensor([0.6931, 0.0000])
     """
     check_floats(logits=logits)
-    log_p = _log_softmax(logits)
+    log_p = at_least_float32(logits).log_softmax(-1)
     # Before the product: 0 × -inf is NaN, in the value and in the gradient.
     surprise = zero_masked(-log_p, log_p != -torch.inf)
     return (log_p.exp() * surprise).sum(-1)
@@ -114,7 +114,7 @@ def _linear_chunks(
     check_range("chunk_size", chunk_size, 1)
 
     def one_chunk(hidden: Tensor, weight: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
-        logits = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32)) / temperature
+        logits = at_least_float32(hidden @ weight.T) / temperature
         log_probs = token_log_probs(logits, ids)
         return (log_probs, token_entropy(logits)) if entropy else (log_probs,)
 
@@ -123,7 +123,3 @@ def _linear_chunks(
         for h, i in zip(hidden.flatten(0, -2).split(chunk_size), ids.flatten().split(chunk_size), strict=True)
     ]
     return tuple(torch.cat(parts).view(ids.shape) for parts in zip(*pieces, strict=True))
-
-
-def _log_softmax(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)

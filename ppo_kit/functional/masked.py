@@ -13,6 +13,11 @@ from torch import Tensor
 from ppo_kit.functional.checks import check_floats, check_mask
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """``x`` in the dtype results are computed in: float64 for float64, float32 for anything narrower."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def zero_masked(x: Tensor, mask: Tensor) -> Tensor:
     """``x`` where ``mask``, 0 elsewhere.
 
@@ -44,9 +49,8 @@ def last_valid(mask: Tensor) -> Tensor:
             [False, False, False]])
     """
     check_mask(mask, mask, "mask")
-    slots = torch.arange(mask.shape[-1], device=mask.device)
-    at_or_after = torch.where(mask, slots, -1).flip(-1).cummax(-1).values[..., -1:]
-    return slots == at_or_after
+    at_or_after = mask.flip(-1).cumsum(-1).flip(-1)
+    return mask & (at_or_after == 1)
 
 
 def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
@@ -62,7 +66,7 @@ def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     >>> masked_sum(torch.tensor([1.0, 2.0, float("inf")]), torch.tensor([True, True, False]))
     tensor(3.)
     """
-    valid = zero_masked(_at_least_float32(x), mask)
+    valid = zero_masked(at_least_float32(x), mask)
     return valid.sum() if dim is None else valid.sum(dim)
 
 
@@ -92,7 +96,7 @@ def masked_var(x: Tensor, mask: Tensor, dim: int | None = None, *, unbiased: boo
     mean = masked_mean(x, mask, dim)
     if dim is not None:
         mean = mean.unsqueeze(dim)
-    squares = masked_sum((zero_masked(_at_least_float32(x), mask) - mean).square(), mask, dim)
+    squares = masked_sum((zero_masked(at_least_float32(x), mask) - mean).square(), mask, dim)
     return squares / (count - 1 if unbiased else count).clamp(min=1)
 
 
@@ -115,14 +119,10 @@ def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True, eps: float = 1e-
     """
     check_floats(x=x)
     mean = masked_mean(x, mask)
-    centred = zero_masked(_at_least_float32(x), mask) - mean
+    centred = zero_masked(at_least_float32(x), mask) - mean
     whitened = centred * (masked_var(x, mask) + eps).rsqrt()
     return zero_masked(whitened if shift_mean else whitened + mean, mask)
 
 
 def _count(mask: Tensor, dim: int | None) -> Tensor:
     return mask.sum() if dim is None else mask.sum(dim)
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

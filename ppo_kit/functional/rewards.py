@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ppo_kit.functional.checks import check_dims, check_floats, check_mask, check_range
-from ppo_kit.functional.masked import last_valid
+from ppo_kit.functional.masked import last_valid, zero_masked
 
 
 def place_score(score: Tensor, mask: Tensor) -> Tensor:
@@ -29,10 +29,9 @@ def place_score(score: Tensor, mask: Tensor) -> Tensor:
     check_floats(score=score)
     check_dims("score", score, "B")
     check_dims("mask", mask, "BT")
-    check_mask(mask, score[:, None].expand(-1, mask.shape[1]), "score (B) and mask (T)")
-    return torch.where(
-        last_valid(mask), score[:, None], torch.zeros((), dtype=score.dtype, device=score.device)
-    )
+    everywhere = score[:, None].expand(-1, mask.shape[1])
+    check_mask(mask, everywhere, "score")
+    return zero_masked(everywhere, last_valid(mask))
 
 
 def length_penalty(mask: Tensor, *, per_token: float, free: int = 0) -> Tensor:
