@@ -57,7 +57,7 @@ def _tiny_model(family: str, *, scalar: bool = False, **extra: object) -> PreTra
 
 @pytest.fixture
 def make_batch() -> Callable[..., TensorDict]:
-    """``make_batch(prompts, responses, left, right)``: token lists, padded by so many extra slots each side."""
+    """``make_batch(prompts, responses, left, right)``: token lists, padded by so many extra slots."""
 
     def make(
         prompts: list[list[int]], responses: list[list[int]], left: int = 0, right: int = 0, fill: int = 0

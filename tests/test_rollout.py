@@ -1,4 +1,4 @@
-"""Sampling: the log-probs are the scorer's, the randomness is the row's own, what cannot be rescored is said."""
+"""Sampling: log-probs are the scorer's, randomness is the row's own, what cannot be rescored is said."""
 
 from __future__ import annotations
 
