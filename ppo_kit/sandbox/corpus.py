@@ -94,7 +94,8 @@ def sandbox_pairs(
             first, second = 2 * index, 2 * index + 1
             if answers[first] == answers[second]:
                 continue
-            preference = 1 / (1 + math.exp(-(worth[first] - worth[second]) / temperature))
+            # σ(x) = (1 + tanh(x / 2)) / 2, which does not overflow.
+            preference = (1 + math.tanh((worth[first] - worth[second]) / temperature / 2)) / 2
             if rng.random() > preference:
                 first, second = second, first
             pairs.append(Pair(prompts[row], answers[first], answers[second], prompts.messages[row]))

@@ -158,5 +158,5 @@ def test_a_reward_function_that_returns_nonsense_is_named(make_batch):
 
     with pytest.raises(ValueError, match="reward short"):
         TextReward(short, tokenizer)(batch)
-    with pytest.raises(ValueError, match="reward broken.*row 1"):
+    with pytest.raises(ValueError, match=r"reward broken.*row 1"):
         TextReward(broken, tokenizer)(batch)
