@@ -125,29 +125,28 @@ class Mutator(ast.NodeTransformer):
         return self.generic_visit(node)
 
 
-def passes(folder: Path, module: str) -> bool:
-    """Whether the tests of the copy in ``folder`` pass, in a process of its own."""
+def run_tests(*paths: str) -> int:
+    import pytest
+
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        return int(pytest.main(["-x", "-q", "--tb=no", "-p", "no:cacheprovider", "-p", "no:xdist", *paths]))
+
+
+def survives(module: str) -> bool:
+    """Whether every test passes, in a process of its own."""
     pid = os.fork()
     if pid == 0:
-        import pytest
-
         signal.alarm(SECONDS_PER_MUTANT)
-        os.chdir(folder)
-        sys.path.insert(0, str(folder))
         own = [f"tests/functional/test_{name}.py" for name in TESTS.get(module, (module,))]
-        with (
-            open(os.devnull, "w") as nowhere,
-            contextlib.redirect_stdout(nowhere),
-            contextlib.redirect_stderr(nowhere),
-        ):
-            quiet = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=no"]
-            code = pytest.main([*quiet, *own]) or pytest.main([*quiet, "tests/functional"])
-        os._exit(int(code))
+        os._exit(run_tests(*own) or run_tests("tests/functional"))
     return os.waitpid(pid, 0)[1] == 0
 
 
-def main(modules: list[str]) -> int:
-    # Imported once here, and inherited by every fork.
+def main(modules: list[str]) -> None:
     import torch
     from hypothesis import Phase, settings
 
@@ -163,13 +162,18 @@ def main(modules: list[str]) -> int:
             shutil.copytree(ROOT / path, folder / path, ignore=shutil.ignore_patterns("__pycache__"))
         for path in (Path("ppo_kit", "__init__.py"), Path("pyproject.toml")):
             shutil.copy(ROOT / path, folder / path)
-        if not passes(folder, "masked"):
+        os.chdir(folder)
+        sys.path.insert(0, str(folder))
+        if run_tests("tests/functional"):
             raise SystemExit("the tests fail without a mutant")
-        # The compiled tests are kept; a compiled module could hide a mutant written within the same second.
-        shutil.rmtree(folder / PACKAGE / "__pycache__", ignore_errors=True)
+        # The forks inherit what that run imported and compiled, but for the package: a compiled module could
+        # hide a mutant that was written within the same second.
+        for loaded in [name for name in sys.modules if name.split(".")[0] in ("ppo_kit", "tests")]:
+            del sys.modules[loaded]
+        shutil.rmtree(PACKAGE / "__pycache__", ignore_errors=True)
         sys.dont_write_bytecode = True
         for module in modules or sorted(path.stem for path in (ROOT / PACKAGE).glob("[a-z]*.py")):
-            target = folder / PACKAGE / f"{module}.py"
+            target = PACKAGE / f"{module}.py"
             source = target.read_text(encoding="utf-8")
             everything = Mutator()
             everything.visit(ast.parse(source))
@@ -177,7 +181,7 @@ def main(modules: list[str]) -> int:
             for i, (line, what) in enumerate(everything.found):
                 mutated = ast.fix_missing_locations(Mutator(chosen=i).visit(ast.parse(source)))
                 target.write_text(ast.unparse(mutated), encoding="utf-8")
-                if passes(folder, module):
+                if survives(module):
                     alive += 1
                     survivors.append(f"{module}.py:{line}: {what}: {source.splitlines()[line - 1].strip()}")
                     print("survived", survivors[-1], flush=True)
@@ -186,8 +190,7 @@ def main(modules: list[str]) -> int:
             print(f"{module}: {len(everything.found) - alive} of {len(everything.found)} killed", flush=True)
     killed = total - len(survivors)
     print(f"{killed} of {total} killed ({killed / max(total, 1):.1%}) in {time.time() - start:.0f} s")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])

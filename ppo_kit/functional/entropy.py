@@ -41,8 +41,7 @@ def entropy_loss(entropy: Tensor, *, target: float | None = None) -> Tensor:
 
 
 def token_covariance(log_probs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-    """(log π(y_t) - mean log π)·(A_t - mean A), means over all valid tokens: each token's push on the
-    entropy.
+    """(log π(y_t) - mean log π)·(A_t - mean A), means over all valid tokens: how y_t moves the entropy.
 
     Cui et al. 2025 (arXiv 2505.22617), the token-wise covariance of Clip-Cov and KL-Cov. A likely token with
     a high advantage lowers the entropy. A constant: no gradient flows. MOSS-RLHF and TRL do not have it.
@@ -61,9 +60,8 @@ def token_covariance(log_probs: Tensor, advantages: Tensor, mask: Tensor) -> Ten
     check_floats(log_probs=log_probs, advantages=advantages)
     check_dims("log_probs", log_probs, "BT")
     check_mask(mask, log_probs, "log_probs")
-    log_probs, advantages = zero_masked(log_probs.detach(), mask), zero_masked(advantages.detach(), mask)
-    deviations = log_probs - masked_mean(log_probs, mask), advantages - masked_mean(advantages, mask)
-    return zero_masked(deviations[0] * deviations[1], mask)
+    centred = (x.detach() - masked_mean(x.detach(), mask) for x in (log_probs, advantages))
+    return zero_masked(torch.mul(*centred), mask)
 
 
 def kl_cov(
@@ -105,5 +103,4 @@ def kl_cov(
     rank = order.argsort().view_as(mask)
     selected = mask & (rank < (fraction * mask.sum()).floor().clamp(min=1))
     penalty = zero_masked((log_probs - old_log_probs).abs(), selected)
-    loss = importance_sampling(log_probs, old_log_probs, zero_masked(advantages, mask))
-    return zero_masked(loss, mask) + beta * penalty
+    return importance_sampling(log_probs, old_log_probs, zero_masked(advantages, mask)) + beta * penalty

@@ -118,8 +118,9 @@ def _linear_chunks(
         log_probs = token_log_probs(logits, ids)
         return (log_probs, token_entropy(logits)) if entropy else (log_probs,)
 
+    tokens = hidden.reshape(-1, hidden.shape[-1])
     pieces = [
         checkpoint(one_chunk, h, weight, i, use_reentrant=False, preserve_rng_state=False)
-        for h, i in zip(hidden.flatten(0, -2).split(chunk_size), ids.flatten().split(chunk_size), strict=True)
+        for h, i in zip(tokens.split(chunk_size), ids.flatten().split(chunk_size), strict=True)
     ]
     return tuple(torch.cat(parts).view(ids.shape) for parts in zip(*pieces, strict=True))

@@ -33,7 +33,7 @@ def zero_masked(x: Tensor, mask: Tensor) -> Tensor:
     tensor([1., 0.])
     """
     check_mask(mask, x, "x")
-    return torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device))
+    return torch.where(mask, x, x.new_zeros(()))
 
 
 def last_valid(mask: Tensor) -> Tensor:

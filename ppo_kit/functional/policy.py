@@ -151,12 +151,12 @@ def sequence_clipped_surrogate(
     >>> sequence_clipped_surrogate(
     ...     torch.tensor([[0.2, 0.4, 9.0]]), old, torch.ones(1, 3), mask, clip_low=0.5, clip_high=0.5
     ... )
-    tensor([[-1.3499, -1.3499,  0.0000]])
+    tensor([[-1.3499, -1.3499, -0.0000]])
     """
     log_probs, old_log_probs, advantages = _valid_tokens(log_probs, old_log_probs, advantages, mask)
     _check_clip(clip_low, clip_high)
     ratio = torch.exp(_mean_with_own_gradient(log_probs - old_log_probs, mask))
-    return zero_masked(_pessimistic(ratio, advantages, clip_low, clip_high), mask)
+    return _pessimistic(ratio, advantages, clip_low, clip_high)
 
 
 def gmpo(
@@ -184,7 +184,7 @@ def gmpo(
 
     >>> old, mask = torch.zeros(1, 3), torch.tensor([[True, True, False]])
     >>> gmpo(torch.tensor([[0.2, 0.9, 9.0]]), old, torch.ones(1, 3), mask)  # exp((0.2 + 0.4) / 2)
-    tensor([[-1.3499, -1.3499,  0.0000]])
+    tensor([[-1.3499, -1.3499, -0.0000]])
     """
     log_probs, old_log_probs, advantages = _valid_tokens(log_probs, old_log_probs, advantages, mask)
     check_range("log_clip_low", log_clip_low)
@@ -193,7 +193,7 @@ def gmpo(
     clipped = torch.where(
         advantages > 0, log_ratio.clamp(max=log_clip_high), log_ratio.clamp(min=-log_clip_low)
     )
-    return zero_masked(-torch.exp(_mean_with_own_gradient(clipped, mask)) * advantages, mask)
+    return -torch.exp(_mean_with_own_gradient(clipped, mask)) * advantages
 
 
 def cispo(
@@ -263,6 +263,7 @@ def _mean_with_own_gradient(x: Tensor, mask: Tensor) -> Tensor:
 def _valid_tokens(
     log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The three with 0 in masked slots; an advantage of 0 makes any surrogate 0 there."""
     check_floats(log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages)
     check_dims("log_probs", log_probs, "BT")
     check_mask(mask, log_probs, "log_probs")

@@ -165,6 +165,14 @@ def test_gradients() -> None:
     )
 
 
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (2, 0)])
+def test_the_linear_form_of_any_number_of_tokens(shape: tuple[int, ...]) -> None:
+    hidden, weight, _ = linear_case(0)
+    ids = torch.zeros(shape, dtype=torch.long)
+    got = linear_log_probs_and_entropy(hidden[0, 0].expand(*shape, 4), weight, ids)
+    assert [x.shape for x in got] == [shape, shape]
+
+
 def test_no_gradient_is_needed() -> None:
     hidden, weight, ids = linear_case(0)
     with torch.no_grad():
