@@ -7,14 +7,14 @@ from array import array
 from collections import Counter
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from .encode import Encoder
 from .formats import answer_of, pair_of, prompt_of, row_format
-from .rows import BadRow, decode_row, place, read_raw
+from .rows import BadRow, Source, decode_row, place, read_raw, source_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SHOWN = 50
 
@@ -29,7 +29,7 @@ class Contents:
     answer (``chosen``), else a prompt.
     """
 
-    path: Path
+    name: str
     unit: str
     rows: int = 0
     formats: Counter[str] = field(default_factory=Counter)
@@ -42,7 +42,7 @@ class Contents:
         formats = ", ".join(f"{count:,} {name}" for name, count in self.formats.most_common()) or "none known"
         uses = ", ".join(f"{self.uses[use]:,} {use}" for use in ("prompts", "dialogues", "pairs"))
         lines = [
-            f"{self.path}",
+            f"{self.name}",
             f"rows        {self.rows:,}",
             f"formats     {formats}",
             f"usable as   {uses}",
@@ -69,18 +69,18 @@ def _more(count: int) -> list[str]:
     return [f"  and {count - SHOWN:,} more"] if count > SHOWN else []
 
 
-def check_file(path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> Contents:
-    """Read a file once and say what it holds; lengths are in tokens, or in characters without a tokenizer.
+def check_file(source: Source, tokenizer: PreTrainedTokenizerBase | None = None) -> Contents:
+    """Read a file (or rows) once and say what it holds; lengths are in tokens, else in characters.
 
-    Memory grows by the row's hash, its line and its lengths (about 150 bytes a row), not by its text.
+    Memory grows by the row's hash, its line and its lengths (under 200 bytes a row), not by its text.
 
     Raises:
         BadRow: the file is damaged from there on (gzip, JSON list, Parquet). Other bad rows are collected.
     """
-    contents = Contents(Path(path), "tokens" if tokenizer is not None else "characters")
+    contents = Contents(source_name(source), "tokens" if tokenizer is not None else "characters")
     encoder = Encoder(tokenizer, max_tokens=2**62) if tokenizer is not None else None
     first_line: dict[bytes, int] = {}
-    for line, raw in read_raw(path):
+    for line, raw in read_raw(source):
         contents.rows += 1
         try:
             row = decode_row(raw)
@@ -91,7 +91,7 @@ def check_file(path: str | Path, tokenizer: PreTrainedTokenizerBase | None = Non
             if first != line:
                 contents.duplicates.append((line, first))
         except BadRow as error:
-            contents.bad.append(error.at(place(path, line)))
+            contents.bad.append(error.at(place(source, line)))
     return contents
 
 

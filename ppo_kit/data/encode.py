@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from .formats import Dialogue, answer_of, pair_of, prompt_of, row_format
 from .rows import BadRow, RowReport
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TooLong: TypeAlias = Literal["bad", "cut"]
 

@@ -12,7 +12,7 @@ from .rows import BadRow
 
 
 class Message(TypedDict):
-    """One turn. ``system`` is only ever the first."""
+    """One turn. A ``system`` turn comes first, if at all; what else to accept is the template's to say."""
 
     role: Literal["system", "user", "assistant"]
     content: str

@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from tensordict import TensorDict
-from transformers import PreTrainedTokenizerBase
 
 from .encode import Answered, Encoder, Pair, TooLong
 from .formats import Dialogue
 from .order import step_rows
 from .padding import pad_answers
-from .rows import BadRow, OnBadRow, RowReport, Source, place, read_rows
+from .rows import BadRow, OnBadRow, RowReport, Source, place, read_rows, source_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
@@ -187,7 +189,7 @@ def _load(source: Source, encode: Callable[[Any], Item], report: RowReport, limi
         if len(items) == limit:
             break
     if not items:
-        raise ValueError(f"{place(source, 0).removesuffix(':0')}: no usable row; {report}")
+        raise ValueError(f"{source_name(source)}: no usable row; {report}")
     if report.skipped or report.notes:
         logger.warning("%s", report)
     return items

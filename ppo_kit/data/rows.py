@@ -102,7 +102,12 @@ def read_rows(source: Source, *, report: RowReport | None = None) -> Iterator[tu
 
 def place(source: Source, line: int) -> str:
     """``file:line`` for messages; ``row:line`` where rows come from memory."""
-    return f"{source if isinstance(source, (str, Path)) else 'row'}:{line}"
+    return f"{source_name(source)}:{line}"
+
+
+def source_name(source: Source) -> str:
+    """The path as it was given, or ``row``."""
+    return str(source) if isinstance(source, (str, Path)) else "row"
 
 
 def decode_row(raw: Any) -> Any:

@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any, Generic, TypeVar
 
 from .order import permutation
-from .rows import BadRow, RowReport, Source, decode_row, place, read_raw
+from .rows import BadRow, RowReport, Source, decode_row, place, read_raw, source_name
 
 logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
@@ -116,7 +116,7 @@ class Stream(Iterator[Item], Generic[Item]):
                     usable = True
                     yield item
             if not usable:
-                raise ValueError(f"{place(self.source, 0).removesuffix(':0')}: no usable row; {self.report}")
+                raise ValueError(f"{source_name(self.source)}: no usable row; {self.report}")
             self.epoch, self._position = self.epoch + 1, 0
             if self.report.skipped or self.report.notes:
                 logger.warning("after %d epochs: %s", self.epoch, self.report)

@@ -150,6 +150,15 @@ def test_the_command_prints_it_and_its_status_tells(
     assert "absent.jsonl" in capsys.readouterr().err
 
 
+def test_check_calls_an_empty_answer_bad_and_no_answer_good(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    rows = [{"messages": turns("a", " ")}, {"messages": turns("a")}, {"prompt": "a", "chosen": "b"}]
+    contents = check_file(rows, tokenizer)
+    assert [str(bad) for bad in contents.bad] == ["row:1: empty answer"]
+    assert contents.uses == {"prompts": 3, "dialogues": 1}
+
+
 def test_many_bad_rows_are_listed_up_to_a_point_and_counted(write: Write) -> None:
     text = str(check_file(write(["bad"] * 60)))
     assert "bad rows    60: 60 not JSON" in text
