@@ -62,9 +62,9 @@ class RatioLoss(BatchLoss):
 
 
 class ImportanceSampling(RatioLoss):
-    """L = −ρ_t A_t, ρ_t = π(t) / π_old(t), without a clip (the report's Eq. 13 and its detail 2).
+    """L = −ρ_t A_t, ρ_t = π(t) / π_old(t), without a clip (Schulman et al. 2017, Eq. 6).
 
-    The report's "infinite buffer" keeps the reference model as the behaviour policy:
+    The report's detail 2 with its "infinite buffer" keeps the reference model as the behaviour policy:
     ``ImportanceSampling(in_keys=["log_probs", "ref_log_probs", "advantages", "response_mask"])``.
 
     >>> from tensordict import TensorDict

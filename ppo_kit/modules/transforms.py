@@ -23,7 +23,7 @@ class Whiten(BatchModule):
 
     Args:
         key: which key; ``in_keys`` and ``out_keys`` rename further.
-        shift_mean: False keeps the mean (the report's reward whitening in MOSS-RLHF keeps it).
+        shift_mean: False keeps the mean (as TRL does for rewards).
         reduce: sums a stacked tensor over ranks; without it each rank whitens by its own statistics.
 
     >>> import torch

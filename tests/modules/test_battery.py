@@ -50,6 +50,7 @@ from ppo_kit.modules import (
     SumScores,
     TruncatedImportance,
     Whiten,
+    with_counts,
 )
 from ppo_kit.testing import (
     batches,
@@ -138,6 +139,16 @@ def test_order_of_rows_changes_nothing(make):
 def test_micro_batches_add_up(make):
     module = make()
     check_split_invariance(module, max_examples=8)
+
+
+@every(LOSSES)
+def test_its_own_counts_change_nothing(make):
+    batch = _one()
+    batch["response_mask"][1, 1:] = False
+    batch["response_mask"][2] = False
+    module = make()
+    counted, alone = module(with_counts(batch.copy())), module(batch)
+    torch.testing.assert_close(counted.to_dict(), alone.to_dict())
 
 
 @every(POLICY)

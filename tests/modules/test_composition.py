@@ -11,6 +11,7 @@ from tensordict.nn import TensorDictSequential
 from ppo_kit.modules import (
     GAE,
     AdaptiveKL,
+    BatchLoss,
     Clip,
     ClippedSurrogate,
     ClippedValueLoss,
@@ -150,6 +151,15 @@ def test_diagnostics_carry_no_gradient():
     batch["log_probs"].requires_grad_()
     out = ClippedSurrogate()(batch)
     assert [key for key, value in out.items() if value.requires_grad] == ["loss_policy"]
+
+    class Careless(BatchLoss):
+        IN, OUT = ("log_probs", "response_mask"), ("loss_mine", "mean")
+
+        def compute(self, log_probs, mask):
+            return log_probs, log_probs
+
+    out = Careless()(batch)
+    assert [key for key, value in out.items() if value.requires_grad] == ["loss_mine"]
 
 
 def test_clip_fraction_counts_where_the_gradient_stops():

@@ -81,6 +81,12 @@ def test_counts_are_summed_over_ranks():
     assert (part["num_tokens"][0], part["num_sequences"][0]) == (11, 5)
 
 
+def test_micro_batches_keep_the_counts_of_the_step():
+    step = with_counts(rows(5), reduce=lambda counts: counts * 2)
+    for piece in micro_batches(step, 2):
+        assert piece["num_tokens"].unique().tolist() == [20]
+
+
 @pytest.mark.parametrize("bad", [{"size": 0}, {"size": 1, "epochs": 0}])
 def test_sizes_are_checked(bad):
     with pytest.raises(ValueError, match="needs at least 1"):
