@@ -34,7 +34,7 @@ class Settings(Protocol):
     def checkpoint_every(self) -> int: ...
 
 
-MAY_CHANGE = frozenset({"out", "resume", "steps", "threads", "checkpoint_every"})
+MAY_CHANGE = frozenset({"out", "resume", "steps", "threads", "checkpoint_every", "fresh"})
 """Settings that may differ between a run and its resumption."""
 
 

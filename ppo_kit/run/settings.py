@@ -71,7 +71,7 @@ class PPOSettings(RunSettings):
     repetition_penalty: float = 1.0
     """Repetition penalty (report: 1.1). Other than 1, sampling and scoring differ and the run says so."""
 
-    lr: float = 1e-4
+    lr: float = 3e-4
     """Peak learning rate of the policy (report: 5e-7, for 7B parameters)."""
     critic_lr: float = 5e-4
     """Peak learning rate of the critic (report: 1.65e-6; released script: 1.5e-6)."""

@@ -1,0 +1,252 @@
+"""The recipes as a user runs them: whole runs of tiny models, interrupted, resumed, repeated."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from ppo_kit.models import save_model
+from ppo_kit.monitor import METRICS
+from ppo_kit.sandbox import sandbox_config, sandbox_tokenizer
+from ppo_kit.sandbox.world import PROMPT_OF
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+TIMINGS = {"tokens_per_second", "seconds_rollout", "seconds_score", "seconds_train"}
+
+
+@pytest.fixture(scope="module")
+def user(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What a user brings: a policy, a reward model, a file of prompts and one of pairs."""
+    folder = tmp_path_factory.mktemp("user")
+    tokenizer = sandbox_tokenizer()
+    torch.manual_seed(0)
+    config = sandbox_config(tokenizer, hidden_size=16, layers=2)
+    save_model(AutoModelForCausalLM.from_config(config), tokenizer, folder / "policy")
+    config.num_labels = 1
+    save_model(AutoModelForSequenceClassification.from_config(config), tokenizer, folder / "reward")
+    texts = list(PROMPT_OF)[:60]
+    with gzip.open(folder / "prompts.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps({"prompt": text}) + "\n" for text in texts)
+    with (folder / "pairs.jsonl").open("w") as file:
+        for text in texts:
+            row = {
+                "chosen": f"\n\nHuman: {text}\n\nAssistant: first boil the water .",
+                "rejected": f"\n\nHuman: {text}\n\nAssistant: sorry .",
+            }
+            file.write(json.dumps(row) + "\n")
+    return {name: folder / name for name in ("policy", "reward", "prompts.jsonl.gz", "pairs.jsonl")}
+
+
+def command(recipe: str, user: dict[str, Path], out: Path, *extra: str) -> list[str]:
+    own = ["--policy", user["policy"], "--reward", user["reward"], "--prompts", user["prompts.jsonl.gz"]]
+    sizes = "--rollout-size 8 --minibatch-size 4 --micro-batch-size 3 --max-new-tokens 6 --held-out 8"
+    return [sys.executable, str(RECIPES / recipe), *map(str, own), *sizes.split(), "--out", str(out), *extra]
+
+
+def start(*args: str, **options: object) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, **options
+    )
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> str:
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == code, output
+    return output
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def untimed(folder: Path) -> list[dict]:
+    return [{key: value for key, value in row.items() if key not in TIMINGS} for row in rows(folder)]
+
+
+@pytest.fixture(scope="module")
+def whole(user: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One run of each recipe, four steps with a checkpoint after the second; run side by side."""
+    folder = tmp_path_factory.mktemp("runs")
+    extra = {"ppo_max.py": ("--critic-pretrain-steps", "1"), "vanilla_ppo.py": ()}
+    runs = {
+        recipe: start(
+            *command(recipe, user, folder / recipe, "--steps", "4", "--checkpoint-every", "2", *more)
+        )
+        for recipe, more in extra.items()
+    }
+    for process in runs.values():
+        finish(process)
+    return {recipe: folder / recipe for recipe in runs}
+
+
+@pytest.mark.parametrize("recipe", ["ppo_max.py", "vanilla_ppo.py"])
+def test_a_run_leaves_behind_what_the_design_says(whole, recipe):
+    folder = whole[recipe]
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "config.json", "metrics.jsonl", "summary.json", "samples.jsonl", "dashboard.png", "checkpoints", "policy"
+    }  # fmt: skip
+    found = rows(folder)
+    assert [row["step"] for row in found] == [1, 2, 3, 4]
+    # The gold reward exists in the sandbox alone, and vanilla PPO clips no value.
+    absent = {"gold_score"} | ({"value_clip_fraction"} if recipe == "vanilla_ppo.py" else set())
+    assert [name for name in METRICS if name not in absent] == list(found[0])
+    for row in found:
+        assert all(value is not None for value in row.values())
+        assert 0 <= row["clip_fraction"] <= 1
+        assert row["entropy"] >= 0
+        assert 1 <= row["response_length"] <= 6
+        assert row["perplexity"] >= 1
+    assert found[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert found[0]["lr"] > 0
+    summary = json.loads((folder / "summary.json").read_text())
+    assert {"score", "kl", "perplexity", "response_length"} <= summary["before"].keys() & summary[
+        "after"
+    ].keys()
+    assert summary["before"]["kl"] == pytest.approx(0, abs=1e-6) != summary["after"]["kl"]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["settings"]["rollout_size"] == 8
+
+
+def test_the_policy_loads_with_plain_transformers_in_a_fresh_process(whole, user):
+    code = (
+        "import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T;"
+        "m, t = M.from_pretrained(sys.argv[1]), T.from_pretrained(sys.argv[1]);"
+        "x = t.apply_chat_template([{'role': 'user', 'content': 'how do i make tea ?'}], return_tensors='pt',"
+        " add_generation_prompt=True, return_dict=True);"
+        "print(t.decode(m.generate(**x, max_new_tokens=3)[0])); assert 'ppo_kit' not in sys.modules"
+    )
+    assert "how do i make tea ?" in finish(
+        start(sys.executable, "-c", code, str(whole["ppo_max.py"] / "policy"))
+    )
+    trained = load_file(whole["ppo_max.py"] / "policy" / "model.safetensors")
+    before = load_file(user["policy"] / "model.safetensors")
+    assert any(not torch.equal(trained[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("recipe", ["ppo_max.py", "vanilla_ppo.py"])
+def test_a_resumed_run_equals_the_uninterrupted_one(whole, user, tmp_path, recipe):
+    half = tmp_path / "half"
+    shutil.copytree(whole[recipe], half)
+    shutil.rmtree(half / "checkpoints" / "step-000004")
+    shutil.rmtree(half / "policy")
+    (half / "checkpoints" / "latest").write_text("step-000002\n")
+    extra = ("--critic-pretrain-steps", "1") if recipe == "ppo_max.py" else ()
+    finish(start(*command(recipe, user, half, "--steps", "4", "--checkpoint-every", "2", "--resume", *extra)))
+    assert untimed(half) == untimed(whole[recipe])
+    one, two = (load_file(folder / "policy" / "model.safetensors") for folder in (half, whole[recipe]))
+    assert all(torch.equal(one[name], two[name]) for name in two)
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(whole, user, tmp_path):
+    extra = ("--critic-pretrain-steps", "1", "--steps", "4", "--checkpoint-every", "2")
+    again = start(*command("ppo_max.py", user, tmp_path / "again", *extra))
+    other = start(*command("ppo_max.py", user, tmp_path / "other", *extra, "--seed", "1"))
+    finish(again)
+    finish(other)
+    assert untimed(tmp_path / "again") == untimed(whole["ppo_max.py"]) != untimed(tmp_path / "other")
+
+
+def test_ctrl_c_ends_a_run_with_its_files_whole(user, tmp_path):
+    out = tmp_path / "run"
+    process = start(*command("ppo_max.py", user, out, "--steps", "100000", "--critic-pretrain-steps", "1"))
+    deadline = time.monotonic() + 120
+    while not ((out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text().count("\n") >= 2):
+        assert process.poll() is None, finish(process)
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    finish(process, 130)
+    steps = len(rows(out))
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["interrupted"]
+    assert summary["steps"] == steps
+    assert (out / "checkpoints" / "latest").read_text().strip() == f"step-{steps:06d}"
+    assert (out / "dashboard.png").stat().st_size > 10_000
+    AutoModelForCausalLM.from_pretrained(out / "policy")
+
+
+def test_bad_rows_name_file_and_line_and_can_be_skipped(user, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    with gzip.open(user["prompts.jsonl.gz"], "rt") as file:
+        lines = file.readlines()
+    bad.write_text("".join([*lines[:3], "{oops\n", *lines[3:]]))
+    mine = {**user, "prompts.jsonl.gz": bad}
+    stopped = start(*command("ppo_max.py", mine, tmp_path / "stop", "--steps", "1"))
+    skipped = start(
+        *command("ppo_max.py", mine, tmp_path / "skip", "--steps", "1", "--on-bad-row", "skip",
+                 "--critic-pretrain-steps", "0")
+    )  # fmt: skip
+    assert "bad.jsonl:4" in finish(stopped, 1)
+    assert "skipped 1 of" in finish(skipped)
+
+
+def test_what_is_missing_is_said(user, tmp_path):
+    base = [sys.executable, str(RECIPES / "ppo_max.py"), "--out", str(tmp_path / "run")]
+    assert "--reward: policy" in finish(start(*base, "--policy", str(user["policy"])), 1)
+
+
+def test_the_reward_model_recipe_on_a_users_pairs(user, tmp_path):
+    out = tmp_path / "rm"
+    sizes = "--steps 30 --batch-size 8 --held-out 12 --lr 3e-3 --train-layers 1"
+    output = finish(
+        start(sys.executable, str(RECIPES / "reward_model.py"), "--base", str(user["policy"]), "--pairs",
+              str(user["pairs.jsonl"]), "--out", str(out), *sizes.split())
+    )  # fmt: skip
+    assert "held-out pairs right" in output
+    assert json.loads((out / "summary.json").read_text())["accuracy"] > 0.9
+    model = AutoModelForSequenceClassification.from_pretrained(out)
+    assert model.score.out_features == 1
+    before = load_file(user["policy"] / "model.safetensors")
+    kept = model.model.layers[0].self_attn.q_proj.weight
+    assert torch.equal(kept, before["model.layers.0.self_attn.q_proj.weight"])
+    AutoTokenizer.from_pretrained(out)
+
+
+def test_the_sandbox_makes_what_is_missing_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("PPO_KIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(str(RECIPES))
+    import ppo_max
+    import reward_model
+    import sft
+
+    tiny = functools.partial(sft.SFT, steps=3, size=64, batch_size=8, hidden_size=16, layers=1)
+    monkeypatch.setattr(sft, "SFT", tiny)
+    monkeypatch.setattr(
+        reward_model,
+        "RewardModelling",
+        functools.partial(reward_model.RewardModelling, steps=3, size=32, held_out=8, batch_size=8),
+    )
+    made = []
+    for name in ("one", "two"):
+        settings = ppo_max.PPOMax(
+            steps=2,
+            rollout_size=8,
+            minibatch_size=4,
+            held_out=8,
+            critic_pretrain_steps=1,
+            out=tmp_path / name,
+        )
+        assert ppo_max.main(settings) == 0
+        made.append(
+            {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache" / "sandbox").iterdir()}
+        )
+    assert made[0] == made[1]
+    assert sorted(name.split("-")[0] for name in made[0]) == ["reward", "sft"]
+    found = rows(tmp_path / "one")
+    assert set(found[0]) == set(METRICS)
+    assert untimed(tmp_path / "one") == untimed(tmp_path / "two")
