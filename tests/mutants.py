@@ -70,7 +70,7 @@ def mutants_of(node: ast.AST) -> Iterator[tuple[str, ast.AST | None]]:
         yield "constant", ast.Constant(not node.value)
     elif isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
         yield "constant", ast.Constant(node.value + 1)
-        if isinstance(node.value, float):
+        if isinstance(node.value, float) and node.value:
             yield "constant", ast.Constant(node.value * 1.5)
     elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
         yield "check deleted", None

@@ -86,7 +86,7 @@ def length_adaptive_lambda(mask: Tensor, *, alpha: float = 0.05) -> Tensor:
 
     VAPO (Yue et al. 2025, arXiv 2504.05118), length-adaptive GAE: 1/(1 - λ), the reach of GAE, is the share α
     of the response. Its decoupled GAE is two calls: advantages of ``gae(lam=this)``, returns of
-    ``gae(lam=1.0)``. MOSS-RLHF and TRL have one λ.
+    ``gae(lam=1.0)``. MOSS-RLHF and TRL's PPO have one λ.
 
     Args:
         mask: [B,T] bool. alpha: above 0.
@@ -181,7 +181,7 @@ def optimal_baseline(score: Tensor, group_id: Tensor, lengths: Tensor) -> Tensor
     """A_i = s_i - Σ_j L_j·s_j / Σ_j L_j over its group, L the lengths of the responses (OPO).
 
     Hao et al. 2025 (arXiv 2505.23585): the baseline of least variance where gradients of tokens are
-    uncorrelated. A group of one gives 0. MOSS-RLHF and TRL do not have it.
+    uncorrelated. A group of one gives 0. MOSS-RLHF has a critic instead.
 
     Args:
         score: [B], units of reward. group_id: [B] int64. lengths: [B], valid tokens, at least 1 somewhere in
@@ -204,7 +204,7 @@ def optimal_baseline(score: Tensor, group_id: Tensor, lengths: Tensor) -> Tensor
 def greedy_baseline(score: Tensor, greedy_score: Tensor) -> Tensor:
     """A_i = s_i - score of the greedy answer to the same prompt (ReMax).
 
-    Li et al. 2023 (arXiv 2310.10505). MOSS-RLHF and TRL do not have it.
+    Li et al. 2023 (arXiv 2310.10505). MOSS-RLHF has a critic instead.
 
     Args:
         score, greedy_score: [B], units of reward.

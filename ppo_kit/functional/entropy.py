@@ -44,7 +44,7 @@ def token_covariance(log_probs: Tensor, advantages: Tensor, mask: Tensor) -> Ten
     """(log π(y_t) - mean log π)·(A_t - mean A), means over all valid tokens: how y_t moves the entropy.
 
     Cui et al. 2025 (arXiv 2505.22617), the token-wise covariance of Clip-Cov and KL-Cov. A likely token with
-    a high advantage lowers the entropy. A constant: no gradient flows. MOSS-RLHF and TRL do not have it.
+    a high advantage lowers the entropy. A constant: no gradient flows. verl subtracts the same means.
 
     Args:
         log_probs: [B,T] nats. advantages: [B,T]. mask: [B,T] bool.
@@ -77,8 +77,7 @@ def kl_cov(
 
     Those are the top ``fraction`` of the valid tokens of this call, at least one, by
     :func:`token_covariance`; what is selected so depends on the minibatch. Cui et al. 2025 (arXiv
-    2505.22617), KL-Cov, with the authors' defaults and their |·| for the divergence. MOSS-RLHF and TRL do not
-    have it.
+    2505.22617), KL-Cov, with the authors' defaults and their |·| for the divergence.
 
     Args:
         log_probs, old_log_probs: [B,T] nats. advantages: [B,T]. mask: [B,T] bool.

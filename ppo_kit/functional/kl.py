@@ -52,7 +52,7 @@ def kl_exact(logits: Tensor, ref_logits: Tensor) -> Tensor:
     """KL(π, π_ref) = Σ_v π(v)·(log π(v) - log π_ref(v)), over the vocabulary in the last dimension.
 
     Cover & Thomas 2006, (2.26). A token that π excludes (logit -inf) adds 0; one that only the reference
-    excludes makes the divergence infinite. Neither MOSS-RLHF nor TRL's PPO computes it.
+    excludes makes the divergence infinite. MOSS-RLHF and TRL's PPO estimate it.
 
     Args:
         logits, ref_logits: [...,V], any floating dtype, computed in float32 at least. Divide both by the

@@ -40,7 +40,7 @@ def importance_sampling(log_probs: Tensor, old_log_probs: Tensor, advantages: Te
 
     Schulman et al. 2017 (arXiv 1707.06347), (6); report, Figure 5 (importance sampling). The report's
     infinite buffer is this with the reference model's log-probabilities in place of the old ones. MOSS-RLHF
-    clips instead and so does TRL.
+    and TRL's PPO clip.
 
     Args:
         log_probs, old_log_probs: [B,T] nats. advantages: [B,T].
@@ -104,8 +104,7 @@ def kl_penalized_surrogate(
     """-ρ_t·A_t + β·KL_t, ρ_t = π(y_t) / π_old(y_t) (PPO-penalty).
 
     Schulman et al. 2017 (arXiv 1707.06347), (8); report (14). The divergence is KL(π_old, π) there; pass the
-    per-token estimate or exact value of your choice, with its gradient. MOSS-RLHF and TRL do not have this
-    loss.
+    per-token estimate or exact value of your choice, with its gradient. MOSS-RLHF has only the clip.
 
     Args:
         log_probs, old_log_probs: [B,T] nats. advantages: [B,T]. kl: [B,T] nats. beta: at least 0.
@@ -172,7 +171,8 @@ def gmpo(
 
     ℓ_t = min(log ρ_t, log_clip_high) where A_t > 0 and max(log ρ_t, -log_clip_low) elsewhere. Zhao et al.
     2025 (arXiv 2507.20673), whose bounds (e^-0.4, e^0.4) are the defaults. Laid out per token as in
-    :func:`sequence_clipped_surrogate`: aggregate with ``sequence_mean``. MOSS-RLHF and TRL do not have it.
+    :func:`sequence_clipped_surrogate`: aggregate with ``sequence_mean``. TRL's experimental trainer clips the
+    same way; MOSS-RLHF does not have it.
 
     Args:
         log_probs, old_log_probs: [B,T] nats. advantages: [B,T]. mask: [B,T] bool.

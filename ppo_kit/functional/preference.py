@@ -46,7 +46,7 @@ def reward_model_loss(
 
     Report (2), where lm_weight is β_rm (1 in the report) and r' the language-model head of the reward model.
     The equation has the log-probability of the whole answer; the mean over its tokens is what MOSS-RLHF's
-    code takes, and keeps a long answer from drowning the comparison. TRL has no LM term.
+    code takes, and keeps a long answer from drowning the comparison. TRL's reward trainer has no LM term.
 
     Args:
         chosen, rejected: [N] scores. log_probs: [N,T] nats, of the preferred answer's tokens. mask: [N,T]

@@ -37,8 +37,8 @@ def place_score(score: Tensor, mask: Tensor) -> Tensor:
 def length_penalty(mask: Tensor, *, per_token: float, free: int = 0) -> Tensor:
     """-per_token·max(0, L - free), L the response's valid tokens: add it to the score.
 
-    The linear cost of length (Singhal et al. 2023, arXiv 2310.03716, study it as a reward). Neither MOSS-RLHF
-    nor TRL's PPO has it.
+    The linear cost of length (Singhal et al. 2023, arXiv 2310.03716, study it as a reward). MOSS-RLHF and
+    TRL's PPO do not have it.
 
     Args:
         mask: [B,T] bool. per_token: units of reward a token, at least 0. free: tokens that cost nothing.
@@ -58,7 +58,8 @@ def length_penalty(mask: Tensor, *, per_token: float, free: int = 0) -> Tensor:
 def overlong_penalty(mask: Tensor, *, max_length: int, buffer: int) -> Tensor:
     """0 up to max_length - buffer tokens, then a straight line down to -1 at max_length, and -1 beyond.
 
-    Yu et al. 2025 (arXiv 2503.14476, DAPO), (13): add it to the score. MOSS-RLHF and TRL do not have it.
+    Yu et al. 2025 (arXiv 2503.14476, DAPO), (13): add it to the score. TRL has it as the reward
+    function ``get_soft_overlong_punishment``.
 
     Args:
         mask: [B,T] bool. max_length: tokens. buffer: tokens of the ramp, in [1, max_length].

@@ -58,7 +58,7 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, c
 def huber_value_loss(values: Tensor, returns: Tensor, *, delta: float = 1.0) -> Tensor:
     """½·e² where |e| ≤ delta, else delta·(|e| - ½·delta), e = V_t - R_t.
 
-    Huber 1964; Mnih et al. 2015 for values. Neither MOSS-RLHF nor TRL has it.
+    Huber 1964; Mnih et al. 2015 for values. MOSS-RLHF and TRL's PPO do not have it.
 
     Args:
         values: [B,T], current critic. returns: [B,T], same units. delta: units of value, above 0.

@@ -210,6 +210,11 @@ def test_bad_input_is_named(change: dict, message: str) -> None:
             discounted_returns(**{**given, **change})
 
 
+def test_discounted_returns_want_rows_of_tokens() -> None:
+    with pytest.raises(ValueError, match=r"^rewards: got shape \[3\], needs \[B,T\]"):
+        discounted_returns(torch.ones(3), torch.ones(3, dtype=torch.bool))
+
+
 def test_bad_input_of_length_adaptive_lambda_is_named() -> None:
     mask = torch.ones(2, 3, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"^alpha: got 0.0, needs a number in \(0, inf\)"):

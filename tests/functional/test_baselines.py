@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ppo_kit.functional import greedy_baseline, group_normalize, leave_one_out, optimal_baseline
 
-from .cases import assert_row_order_invariant, property_test
+from .cases import assert_row_order_invariant, gradcheck, property_test
 
 groups = st.lists(
     st.tuples(st.integers(-2, 2), st.floats(-5, 5), st.integers(1, 9)), min_size=1, max_size=8
@@ -110,9 +110,20 @@ def test_other_groups_cannot_leak_in() -> None:
         assert advantages[2:].isnan().all()
 
 
-def test_a_group_without_a_token_has_no_advantage() -> None:
-    got = optimal_baseline(torch.tensor([1.0, 2.0]), torch.tensor([0, 0]), torch.tensor([0, 0]))
-    assert got.tolist() == [0.0, 0.0]
+def test_responses_without_a_token_weigh_nothing() -> None:
+    score, group_id = torch.tensor([1.0, 2.0]), torch.tensor([0, 0])
+    assert optimal_baseline(score, group_id, torch.tensor([0, 0])).tolist() == [0.0, 0.0]
+    assert optimal_baseline(score, group_id, torch.tensor([0, 1])).tolist() == [-1.0, 0.0]
+
+
+def test_gradients() -> None:
+    score, group_id = torch.tensor([0.3, 1.0, -2.0, 0.7]), torch.tensor([0, 0, 0, 1])
+    lengths = torch.tensor([3, 1, 2, 4])
+    assert gradcheck(lambda s: leave_one_out(s, group_id), score)
+    assert gradcheck(lambda s: group_normalize(s, group_id, scale=False), score)
+    assert gradcheck(lambda s: group_normalize(s, torch.zeros_like(group_id)), score)
+    assert gradcheck(lambda s: optimal_baseline(s, group_id, lengths), score)
+    assert gradcheck(greedy_baseline, score, score.flip(0))
 
 
 def test_leave_one_out_is_unbiased_over_a_small_world() -> None:
