@@ -1,0 +1,120 @@
+"""A reward model that has another tokenizer and another chat template than the policy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ppo_kit.data import end_of_turn_id, pad_ids
+from ppo_kit.models.scoring import RewardModel
+from ppo_kit.models.text_reward import decode
+from ppo_kit.models.vocabulary import check_embeddings
+from ppo_kit.modules.base import BatchModule
+
+Ending = Literal["template", "end_of_turn"]
+
+
+class RetokenizedReward(BatchModule):
+    """``score`` [B]: the response is decoded, put into the reward model's own template, encoded and scored.
+
+    The prompt comes as dialogues, not as text: ``messages`` in the batch, one list of
+    ``{"role", "content"}`` a row, all turns of it (``batch["messages"] = NonTensorStack(*dialogues)``). The
+    policy's template cannot be undone from decoded text. The response is added as the last turn. Strings in
+    it that the reward model's tokenizer takes for special tokens are removed: with them a policy could end
+    its turn and speak for somebody else.
+
+    Args:
+        model: a one-label sequence classifier. tokenizer: its own, with a chat template.
+        policy_tokenizer: decodes responses.
+        ending: ``template`` closes the answer as the reward model's template does, as most published ones
+            were trained and are used. ``end_of_turn`` stops at the end-of-turn token, and leaves it out of a
+            truncated response, as ``recipes/reward_model.py`` trains.
+        micro_batch_size: dialogues a forward.
+
+    Raises:
+        ValueError: the tokenizer has no chat template, or more tokens than the model has rows; a dialogue is
+            longer than the model's positions, with row and both numbers.
+        KeyError: the batch has no ``messages``.
+    """
+
+    IN = ("response_ids", "response_mask")
+    OUT = ("score",)
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        policy_tokenizer: PreTrainedTokenizerBase,
+        *,
+        ending: Ending = "template",
+        micro_batch_size: int = 16,
+        out_keys: Sequence[NestedKey] | None = None,
+    ) -> None:
+        super().__init__(out_keys=out_keys)
+        if ending not in get_args(Ending):
+            raise ValueError(f"ending: got {ending!r}, needs one of {get_args(Ending)}")
+        if micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size: got {micro_batch_size}, needs at least 1")
+        check_embeddings(model, tokenizer, "the reward model")
+        self.reward = RewardModel(model.requires_grad_(False))
+        self.tokenizer, self.policy_tokenizer = tokenizer, policy_tokenizer
+        self.ending, self.micro_batch_size = ending, micro_batch_size
+        self.end_id = end_of_turn_id(tokenizer)
+        self.markers = sorted(
+            (token.content for token in tokenizer.added_tokens_decoder.values() if token.special), key=len
+        )
+
+    @torch.no_grad()
+    def forward(self, batch: TensorDictBase) -> TensorDictBase:
+        response_ids, response_mask = self.read(batch)
+        if "messages" not in batch:
+            held = sorted(map(str, batch.keys()))
+            raise KeyError(f"RetokenizedReward needs 'messages', a dialogue a row; the batch holds {held}")
+        answers = decode(self.policy_tokenizer, response_ids, response_mask)
+        cut = batch["truncated"].tolist() if "truncated" in batch else [False] * len(answers)
+        rows = [
+            self.encode(list(messages), answer, truncated=truncated)
+            for messages, answer, truncated in zip(batch["messages"], answers, cut, strict=True)
+        ]
+        self._check_lengths(rows)
+        scores = [
+            self._score(rows[start : start + self.micro_batch_size])
+            for start in range(0, len(rows), self.micro_batch_size)
+        ]
+        return self.write(batch, torch.cat(scores).to(response_ids.device))
+
+    def encode(self, messages: list[dict[str, str]], answer: str, *, truncated: bool = False) -> list[int]:
+        """The reward model's ids of the dialogue with ``answer`` as its last turn."""
+        answer = self._without_markers(answer)
+        if self.ending == "template":
+            return self._template([*messages, {"role": "assistant", "content": answer}])
+        ids = self._template(messages, add_generation_prompt=True)
+        ids += self.tokenizer(answer, add_special_tokens=False)["input_ids"]
+        return ids if truncated else [*ids, self.end_id]
+
+    def _template(self, messages: list[dict[str, str]], **settings: Any) -> list[int]:
+        encoded = self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **settings)
+        return list(encoded["input_ids"])
+
+    def _without_markers(self, text: str) -> str:
+        while any(marker in text for marker in self.markers):  # removing one may spell another
+            for marker in self.markers:
+                text = text.replace(marker, "")
+        return text
+
+    def _score(self, rows: list[list[int]]) -> Tensor:
+        device = self.reward.model.device
+        ids, mask = (x.to(device) for x in pad_ids(rows, self.end_id, side="left"))
+        nothing = ids[:, :0]
+        return self.reward.compute(ids, mask, nothing, nothing.bool())
+
+    def _check_lengths(self, rows: list[list[int]]) -> None:
+        limit = getattr(self.reward.model.config, "max_position_embeddings", None)
+        for row, ids in enumerate(rows):
+            if limit is not None and len(ids) > limit:
+                raise ValueError(f"row {row} has {len(ids)} tokens for the reward model, which takes {limit}")

@@ -1,0 +1,53 @@
+"""Do tokenizer and model, or two tokenizers, speak of the same tokens? Both sizes are in every refusal."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The largest id of the tokenizer, added tokens included, plus one: the rows a model needs."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def check_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Refuse a model with fewer embedding rows than the tokenizer has ids.
+
+    More rows are fine: models are padded to a multiple of 64 or so.
+
+    Raises:
+        ValueError: fewer rows, on the side of the input or of the output.
+    """
+    needed = vocabulary_size(tokenizer)
+    for side, layer in (("input", model.get_input_embeddings()), ("output", model.get_output_embeddings())):
+        rows = layer.weight.shape[0] if layer is not None else needed
+        if rows < needed:
+            raise ValueError(
+                f"{name}: its tokenizer has {needed} tokens, the model {rows} {side} embedding rows; load the "
+                f"tokenizer it was trained with, or train it after resize_token_embeddings({needed})"
+            )
+
+
+def check_same_vocabulary(
+    policy: PreTrainedTokenizerBase, reward: PreTrainedTokenizerBase, *, names: tuple[str, str]
+) -> None:
+    """Refuse a reward model (or critic) that reads the policy's token ids as other tokens.
+
+    Args:
+        names: of policy and reward model, for the message.
+
+    Raises:
+        ValueError: the vocabularies differ; with both sizes and the first id that does.
+    """
+    ours, theirs = policy.get_vocab(), reward.get_vocab()
+    if ours == theirs:
+        return
+    by_id = [{index: token for token, index in vocabulary.items()} for vocabulary in (ours, theirs)]
+    first = next(
+        index for index in range(max(map(max, by_id)) + 1) if by_id[0].get(index) != by_id[1].get(index)
+    )
+    raise ValueError(
+        f"reward model {names[1]} has another vocabulary ({len(theirs)} tokens) than policy {names[0]} "
+        f"({len(ours)}): id {first} is {by_id[1].get(first)!r} there, {by_id[0].get(first)!r} here; "
+        "RetokenizedReward scores with a reward model of another tokenizer"
+    )

@@ -1,0 +1,224 @@
+"""Any callable as a reward: what it sees, what is checked, rows that hang or raise (pitfall 19)."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tensordict import NonTensorStack, TensorDict
+from tensordict.nn import TensorDictSequential
+
+from ppo_kit.data import pad_answers
+from ppo_kit.models import RewardModel, TextReward
+from ppo_kit.models.rewards import ExactMatch, LengthReward, RegexReward, SentimentReward
+from ppo_kit.models.row_workers import RowWorkers
+from ppo_kit.models.text_reward import TokenReward
+from ppo_kit.modules import SumScores
+from ppo_kit.sandbox.tokenizer import sandbox_tokenizer
+
+TOKENIZER = sandbox_tokenizer()
+PROMPTS = ["how do i make tea ?", "how do i cook rice ?", "how do i make soup ?"]
+RESPONSES = ["boil the water", "rinse the rice , close the lid", "sure"]
+
+
+@pytest.fixture
+def batch():
+    ids = TOKENIZER(PROMPTS)["input_ids"], TOKENIZER(RESPONSES)["input_ids"]
+    batch = pad_answers([[3, *row, 4] for row in ids[0]], [[*row, 1] for row in ids[1]], 0)
+    batch["truncated"] = torch.tensor([False, True, False])
+    batch["answer"] = NonTensorStack("boil the water", "no", "sure")
+    return batch
+
+
+@pytest.fixture
+def importable(monkeypatch):
+    """``slow_rewards`` as a module that a fresh process finds."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    import slow_rewards
+
+    return slow_rewards
+
+
+def count(prompts, responses, batch):
+    return [len(response.split()) for response in responses]
+
+
+def test_it_sees_texts_ids_and_row_metadata(batch):
+    seen = []
+
+    def reward(*arguments):
+        seen.append(arguments)
+        return torch.tensor([1, 2, 3])
+
+    out = TextReward(reward, TOKENIZER, out_keys=["gold_score"])(batch)
+    ((prompts, responses, given),) = seen
+    assert (prompts, responses) == (PROMPTS, RESPONSES)
+    assert given is batch
+    assert out["gold_score"].tolist() == [1, 2, 3]
+    assert out["gold_score"].dtype == torch.float32
+    assert "score" not in out
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([1.0, 2.0], r"returned shape \[2\], needs \[3\], one number a row"),
+        ([[1.0]] * 3, r"returned shape \[3, 1\], needs \[3\]"),
+        (torch.zeros(3, 8), r"one number a row; TokenReward takes one a token"),
+        (1.0, "returned 1.0, needs one number a row"),
+        ([1.0, None, 2.0], "row 1 is None, needs a number; prompt 'how do i cook rice"),
+        ([1.0, 2.0, "x"], "row 2 is 'x', needs a number"),
+        ([[1.0], 2.0, 3.0], "different shapes"),
+        ([1.0, math.nan, 2.0], "row 1 is nan, needs finite.* response 'rinse the rice"),
+        (torch.tensor([1.0, 0.0, math.inf]), "row 2 is inf"),
+    ],
+)
+def test_what_it_returns_is_checked(batch, value, message):
+    with pytest.raises(ValueError, match=rf"reward given: .*{message}"):
+        TextReward(named("given", lambda *_: value), TOKENIZER)(batch)
+    assert "score" not in batch
+
+
+def named(name, function):
+    function.__name__ = name
+    return function
+
+
+@pytest.mark.parametrize(
+    ("function", "settings", "message"),
+    [
+        (None, {}, "got None, needs a function of"),
+        (lambda text: [1.0], {}, "too many positional arguments; needs a function of"),
+        (count, {"timeout": 1.0}, "reward count: timeout and processes need workers"),
+        (count, {"workers": -1}, "workers: got -1"),
+        (count, {"workers": 1, "timeout": 0}, "timeout: got 0"),
+        (lambda *_: [1.0], {"workers": 1, "processes": True}, "not importable from a module"),
+    ],
+)
+def test_what_it_is_is_checked_at_construction(function, settings, message):
+    with pytest.raises(ValueError, match=message):
+        TextReward(function, TOKENIZER, **settings)
+
+
+def test_one_number_a_token(batch):
+    mask = batch["response_mask"]
+    values = torch.where(mask, torch.rand(mask.shape), math.nan)
+    out = TokenReward(named("dense", lambda *_: values), TOKENIZER)(batch)
+    assert torch.equal(out["token_scores"], torch.where(mask, values, 0.0))
+    torch.testing.assert_close(
+        out["score"], torch.stack([row[m].sum() for row, m in zip(values, mask, strict=True)])
+    )
+    rows = TokenReward(named("row", lambda p, r, b: b["response_ids"].float()), TOKENIZER, workers=2)(
+        batch.clone()
+    )
+    assert torch.equal(rows["token_scores"], torch.where(mask, batch["response_ids"].float(), 0.0))
+    values[1, 2] = math.inf
+    with pytest.raises(ValueError, match=r"row 1 is \[.*inf"):
+        TokenReward(named("dense", lambda *_: values), TOKENIZER)(batch)
+    with pytest.raises(ValueError, match=r"returned shape \[3\], needs \[3, 8\], one number a token"):
+        TokenReward(count, TOKENIZER)(batch)
+
+
+def test_threads_work_at_once_and_keep_the_order(batch):
+    together = threading.Barrier(3, timeout=10)
+
+    def reward(prompts, responses, row):
+        together.wait()
+        return [float(responses[0] == row["answer"][0])]
+
+    module = TextReward(reward, TOKENIZER, workers=3, timeout=10)
+    for _ in range(2):
+        assert module(batch)["score"].tolist() == [1.0, 0.0, 1.0]
+
+
+def test_processes(batch, importable):
+    module = TextReward(importable.words, TOKENIZER, workers=2, processes=True)
+    assert module(batch)["score"].tolist() == [3.0, 8.0, 1.0]
+    assert module(batch)["score"].tolist() == [3.0, 8.0, 1.0]
+    assert len(module.workers._idle) == 2  # kept, not started anew
+    module.workers.close()
+    dying = TextReward(importable.dies_on_rice, TOKENIZER, workers=1, processes=True)
+    with pytest.raises(
+        RuntimeError, match="reward dies_on_rice: row 1 ended its worker process; prompt 'how do i"
+    ):
+        dying(batch)
+
+
+@pytest.mark.parametrize("processes", [False, True])
+def test_a_hung_row_is_named_and_does_not_hold_the_run(batch, importable, processes):
+    module = TextReward(importable.hangs_on_rice, TOKENIZER, workers=1, timeout=0.3, processes=processes)
+    module(batch[:1])
+    start = time.monotonic()
+    with pytest.raises(
+        TimeoutError, match=r"reward hangs_on_rice: row 1 took longer than 0.3 s; .*cook rice"
+    ):
+        module(batch)
+    assert time.monotonic() - start < 5
+    assert module(batch[2:])["score"].tolist() == [1.0]  # a new worker
+
+
+def test_a_raising_row_is_named(batch):
+    def divide(prompts, responses, row):
+        return [1 / (len(responses[0].split()) - 1)]
+
+    with pytest.raises(
+        RuntimeError, match=r"reward divide: row 2 raised ZeroDivisionError: .* response 'sure'"
+    ):
+        TextReward(divide, TOKENIZER, workers=1)(batch)
+    with pytest.raises(RuntimeError, match="row 0 raised SystemExit"):
+        TextReward(named("leave", lambda *_: sys.exit(1)), TOKENIZER, workers=1)(batch)
+    with pytest.raises(RuntimeError, match="row 0 raised ValueError: returned 2 rows for one"):
+        TextReward(named("two", lambda *_: [1.0, 2.0]), TOKENIZER, workers=1)(batch)
+
+
+def test_workers_give_every_row_once_for_any_number_of_them():
+    rows = [(index, 10) for index in range(23)]
+    for workers in (1, 4, 40):
+        assert RowWorkers(lambda a, b: a * b, workers=workers)(rows) == [10 * index for index in range(23)]
+
+
+def test_several_with_weights(batch, tiny_model):
+    model = tiny_model("llama", scalar=True)
+    small = batch.clone()
+    small["prompt_ids"] %= 17
+    small["response_ids"] %= 17
+    alone = RewardModel(model)(small.clone())["score"]
+    total = TensorDictSequential(
+        RewardModel(model, out_keys=["helpful"]),
+        TextReward(count, TOKENIZER, out_keys=["length"]),
+        SumScores({"helpful": 2.0, "length": -0.5}),
+    )(small)
+    torch.testing.assert_close(total["score"], 2 * alone - 0.5 * total["length"])
+
+
+def test_verifiable_rewards(batch):
+    assert TextReward(RegexReward("the (rice|water)$"), TOKENIZER)(batch)["score"].tolist() == [1, 0, 0]
+    assert TextReward(ExactMatch(), TOKENIZER)(batch)["score"].tolist() == [1, 0, 1]
+    assert TextReward(LengthReward(2), TOKENIZER)(batch)["score"].tolist() == [0.5, -1.5, 0.5]
+    with pytest.raises(ValueError, match=r"pattern: got '\(', not a regular"):
+        RegexReward("(")
+    with pytest.raises(ValueError, match="words: got 0"):
+        LengthReward(0)
+    with pytest.raises(KeyError, match="ExactMatch needs 'target'"):
+        TextReward(ExactMatch("target"), TOKENIZER)(batch)
+
+
+def test_sentiment_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vaderSentiment", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install vaderSentiment"):
+        SentimentReward()
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("vaderSentiment") is None, reason="vaderSentiment is not installed"
+)
+def test_sentiment():
+    good, bad, none = SentimentReward()([""] * 3, ["I love this!", "I hate this.", "a table"], TensorDict())
+    assert good > 0.5 > -0.5 > bad
+    assert none == 0
