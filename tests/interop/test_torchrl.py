@@ -210,6 +210,18 @@ def test_the_wrapper_scores_our_batch_as_we_do(language_model):
     )
 
 
+def test_turn_ends_inside_a_prompt_are_no_padding():
+    """A chat template ends every turn with the end token; where that is the pad, TorchRL masks it out."""
+    theirs = TensorDict({("tokens", "prompt"): torch.tensor([[EOS, 5, EOS, 6]])}, [1])
+    theirs["tokens", "response"] = torch.tensor([[7, EOS, EOS]])
+    theirs["masks", "all_attention_mask"] = torch.cat(
+        [theirs["tokens", "prompt"], theirs["tokens", "response"]], 1
+    ).ne(EOS)
+    ours = from_torchrl(theirs, eos_token_id=EOS)
+    assert ours["prompt_mask"].tolist() == [[False, True, True, True]]
+    assert ours["response_mask"].tolist() == [[True, True, False]]
+
+
 def test_what_is_missing_is_named():
     with pytest.raises(KeyError, match=r"from_torchrl needs \('tokens', 'prompt'\); the batch holds \[\]"):
         from_torchrl(TensorDict({}, [1]), eos_token_id=EOS)

@@ -179,8 +179,8 @@ def test_entropy_gradient(make):
 def _found() -> TensorDict:
     return find(
         batches(extra=EXTRA),
-        lambda batch: len(batch) == 3 and bool(batch["response_mask"].all()),
-        settings=settings(database=None, deadline=None, derandomize=True),
+        lambda batch: batch["response_mask"].shape == (3, 3) and bool(batch["response_mask"].all()),
+        settings=settings(database=None, deadline=None, derandomize=True, max_examples=5000),
     )
 
 

@@ -99,6 +99,9 @@ class TestPaddingInvariance:
         check_padding_invariance(masked_mean, inputs=["rewards", "response_mask"])
         check_padding_invariance(GAE(bootstrap=True))
 
+    def test_a_function_without_a_mask_may_leave_garbage_where_masked(self):
+        check_padding_invariance(lambda values: values + 1, inputs=["values"])
+
 
 class TestSplitInvariance:
     def test_local_denominator(self):
