@@ -92,7 +92,7 @@ def train(cfg: RewardModelling, folder: Path) -> None:
         optimizer.step()
         if step % max(1, cfg.steps // 5) == 0:
             print(
-                f"reward model step {step:4d} of {cfg.steps}  loss {float(loss):.3f}  "
+                f"reward model step {step:4d} of {cfg.steps}  loss {loss.item():.3f}  "
                 f"{(time.perf_counter() - started) / step:.2f} s a step", flush=True
             )  # fmt: skip
     summary = _evaluate(reward, test_pairs, cfg, tokenizer)

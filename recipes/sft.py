@@ -83,7 +83,7 @@ def train(cfg: SFT, folder: Path) -> None:
         optimizer.step()
         if step % max(1, cfg.steps // 5) == 0:
             print(
-                f"sft step {step:4d} of {cfg.steps}  loss {float(out['loss_ptx']):.3f} nats per token",
+                f"sft step {step:4d} of {cfg.steps}  loss {out['loss_ptx'].item():.3f} nats per token",
                 flush=True,
             )
     save_model(model, tokenizer, folder)

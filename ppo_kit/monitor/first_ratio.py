@@ -20,7 +20,8 @@ def check_first_ratio(minibatch: TensorDictBase, *, tolerance: float = 1e-2) -> 
         ValueError: a valid token differs by more, or is not finite; the text names the first.
     """
     mask = minibatch["response_mask"]
-    drift = torch.where(mask, minibatch["log_probs"] - minibatch["old_log_probs"], 0.0).detach().abs()
+    log_probs, old = minibatch["log_probs"].detach(), minibatch["old_log_probs"]
+    drift = torch.where(mask, log_probs - old, 0.0).abs()
     # A NaN fails every comparison, so ask what is within, not what is outside.
     outside = ~(drift <= tolerance)
     if bool(outside.any()):
@@ -28,8 +29,8 @@ def check_first_ratio(minibatch: TensorDictBase, *, tolerance: float = 1e-2) -> 
         raise ValueError(
             f"the ratio before the first optimizer step is not 1: row {row}, token {slot} "
             f"(id {int(minibatch['response_ids'][row, slot])}) has log π "
-            f"{float(minibatch['log_probs'][row, slot]):.5f} and was sampled with log π_old "
-            f"{float(minibatch['old_log_probs'][row, slot]):.5f} (tolerance {tolerance}; "
+            f"{log_probs[row, slot]:.5f} and was sampled with log π_old "
+            f"{old[row, slot]:.5f} (tolerance {tolerance}; "
             f"{int(outside.sum())} of {int(mask.sum())} tokens differ). Sampling and scoring are not one "
             "policy: look at masks, position ids, dropout, temperature, dtype"
         )

@@ -18,12 +18,20 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from ppo_kit.data import BadRow
 from ppo_kit.models import save_model
 from ppo_kit.monitor import METRICS
 from ppo_kit.sandbox import sandbox_config, sandbox_tokenizer
 from ppo_kit.sandbox.world import PROMPT_OF
 
 RECIPES = Path(__file__).parents[2] / "recipes"
+# A recipe is a script: it imports its neighbours as scripts do.
+sys.path.insert(0, str(RECIPES))
+import ppo_max  # noqa: E402
+import reward_model  # noqa: E402
+import sft  # noqa: E402
+import vanilla_ppo  # noqa: E402
+
 TIMINGS = {"tokens_per_second", "seconds_rollout", "seconds_score", "seconds_train"}
 
 
@@ -50,23 +58,21 @@ def user(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / name for name in ("policy", "reward", "prompts.jsonl.gz", "pairs.jsonl")}
 
 
-def command(recipe: str, user: dict[str, Path], out: Path, *extra: str) -> list[str]:
-    own = ["--policy", user["policy"], "--reward", user["reward"], "--prompts", user["prompts.jsonl.gz"]]
-    sizes = "--rollout-size 8 --minibatch-size 4 --micro-batch-size 3 --max-new-tokens 6 --held-out 8"
-    return [sys.executable, str(RECIPES / recipe), *map(str, own), *sizes.split(), "--out", str(out), *extra]
+SIZES = {"rollout_size": 8, "minibatch_size": 4, "micro_batch_size": 3, "max_new_tokens": 6, "held_out": 8}
 
 
-def start(*args: str, **options: object) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, **options
-    )
+def settings(recipe: str, user: dict[str, Path], out: Path, **extra: object) -> object:
+    own = {"policy": str(user["policy"]), "reward": str(user["reward"]), "prompts": user["prompts.jsonl.gz"]}
+    if recipe == "ppo_max":
+        extra = {"critic_pretrain_steps": 1, **extra}
+    kind = {"ppo_max": ppo_max.PPOMax, "vanilla_ppo": vanilla_ppo.VanillaPPO}[recipe]
+    return kind(**{**own, **SIZES, "out": out, **extra})
 
 
-def finish(process: subprocess.Popen, code: int = 0) -> str:
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == code, output
-    return output
+def run(recipe: str, user: dict[str, Path], out: Path, **extra: object) -> Path:
+    main = {"ppo_max": ppo_max.main, "vanilla_ppo": vanilla_ppo.main}[recipe]
+    assert main(settings(recipe, user, out, **extra)) == 0
+    return out
 
 
 def rows(folder: Path) -> list[dict]:
@@ -79,21 +85,15 @@ def untimed(folder: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def whole(user: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One run of each recipe, four steps with a checkpoint after the second; run side by side."""
+    """One run of each recipe: four steps, with a checkpoint after the second."""
     folder = tmp_path_factory.mktemp("runs")
-    extra = {"ppo_max.py": ("--critic-pretrain-steps", "1"), "vanilla_ppo.py": ()}
-    runs = {
-        recipe: start(
-            *command(recipe, user, folder / recipe, "--steps", "4", "--checkpoint-every", "2", *more)
-        )
-        for recipe, more in extra.items()
+    return {
+        recipe: run(recipe, user, folder / recipe, steps=4, checkpoint_every=2)
+        for recipe in ("ppo_max", "vanilla_ppo")
     }
-    for process in runs.values():
-        finish(process)
-    return {recipe: folder / recipe for recipe in runs}
 
 
-@pytest.mark.parametrize("recipe", ["ppo_max.py", "vanilla_ppo.py"])
+@pytest.mark.parametrize("recipe", ["ppo_max", "vanilla_ppo"])
 def test_a_run_leaves_behind_what_the_design_says(whole, recipe):
     folder = whole[recipe]
     names = {path.name for path in folder.iterdir()}
@@ -103,7 +103,7 @@ def test_a_run_leaves_behind_what_the_design_says(whole, recipe):
     found = rows(folder)
     assert [row["step"] for row in found] == [1, 2, 3, 4]
     # The gold reward exists in the sandbox alone, and vanilla PPO clips no value.
-    absent = {"gold_score"} | ({"value_clip_fraction"} if recipe == "vanilla_ppo.py" else set())
+    absent = {"gold_score"} | ({"value_clip_fraction"} if recipe == "vanilla_ppo" else set())
     assert [name for name in METRICS if name not in absent] == list(found[0])
     for row in found:
         assert all(value is not None for value in row.values())
@@ -130,47 +130,68 @@ def test_the_policy_loads_with_plain_transformers_in_a_fresh_process(whole, user
         " add_generation_prompt=True, return_dict=True);"
         "print(t.decode(m.generate(**x, max_new_tokens=3)[0])); assert 'ppo_kit' not in sys.modules"
     )
-    assert "how do i make tea ?" in finish(
-        start(sys.executable, "-c", code, str(whole["ppo_max.py"] / "policy"))
-    )
-    trained = load_file(whole["ppo_max.py"] / "policy" / "model.safetensors")
+    printed = subprocess.run(
+        [sys.executable, "-c", code, str(whole["ppo_max"] / "policy")],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "how do i make tea ?" in printed
+    trained = load_file(whole["ppo_max"] / "policy" / "model.safetensors")
     before = load_file(user["policy"] / "model.safetensors")
     assert any(not torch.equal(trained[name], before[name]) for name in before)
 
 
-@pytest.mark.parametrize("recipe", ["ppo_max.py", "vanilla_ppo.py"])
+@pytest.mark.parametrize("recipe", ["ppo_max", "vanilla_ppo"])
 def test_a_resumed_run_equals_the_uninterrupted_one(whole, user, tmp_path, recipe):
     half = tmp_path / "half"
     shutil.copytree(whole[recipe], half)
     shutil.rmtree(half / "checkpoints" / "step-000004")
     shutil.rmtree(half / "policy")
     (half / "checkpoints" / "latest").write_text("step-000002\n")
-    extra = ("--critic-pretrain-steps", "1") if recipe == "ppo_max.py" else ()
-    finish(start(*command(recipe, user, half, "--steps", "4", "--checkpoint-every", "2", "--resume", *extra)))
+    run(recipe, user, half, steps=4, checkpoint_every=2, resume=True)
     assert untimed(half) == untimed(whole[recipe])
     one, two = (load_file(folder / "policy" / "model.safetensors") for folder in (half, whole[recipe]))
     assert all(torch.equal(one[name], two[name]) for name in two)
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(whole, user, tmp_path):
-    extra = ("--critic-pretrain-steps", "1", "--steps", "4", "--checkpoint-every", "2")
-    again = start(*command("ppo_max.py", user, tmp_path / "again", *extra))
-    other = start(*command("ppo_max.py", user, tmp_path / "other", *extra, "--seed", "1"))
-    finish(again)
-    finish(other)
-    assert untimed(tmp_path / "again") == untimed(whole["ppo_max.py"]) != untimed(tmp_path / "other")
+    torch.rand(7)  # whatever torch's global generator did before
+    again = run("ppo_max", user, tmp_path / "again", steps=4, checkpoint_every=2)
+    other = run("ppo_max", user, tmp_path / "other", steps=4, checkpoint_every=2, seed=1)
+    assert untimed(again) == untimed(whole["ppo_max"]) != untimed(other)
+
+
+def test_micro_batches_change_no_gradient(user, tmp_path):
+    one, two = (run("ppo_max", user, tmp_path / str(size), steps=1, micro_batch_size=size) for size in (4, 1))
+    for a, b in zip(untimed(one), untimed(two), strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
 
 
 def test_ctrl_c_ends_a_run_with_its_files_whole(user, tmp_path):
     out = tmp_path / "run"
-    process = start(*command("ppo_max.py", user, out, "--steps", "100000", "--critic-pretrain-steps", "1"))
+    flags = {
+        "policy": user["policy"], "reward": user["reward"], "prompts": user["prompts.jsonl.gz"], **SIZES,
+        "out": out, "steps": 100_000, "critic_pretrain_steps": 1,
+    }  # fmt: skip
+    arguments = [
+        text for name, value in flags.items() for text in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    process = subprocess.Popen(
+        [sys.executable, str(RECIPES / "ppo_max.py"), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     deadline = time.monotonic() + 120
     while not ((out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text().count("\n") >= 2):
-        assert process.poll() is None, finish(process)
+        assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    finish(process, 130)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, printed
     steps = len(rows(out))
     summary = json.loads((out / "summary.json").read_text())
     assert summary["interrupted"]
@@ -180,34 +201,52 @@ def test_ctrl_c_ends_a_run_with_its_files_whole(user, tmp_path):
     AutoModelForCausalLM.from_pretrained(out / "policy")
 
 
-def test_bad_rows_name_file_and_line_and_can_be_skipped(user, tmp_path):
+def test_bad_rows_name_file_and_line_and_can_be_skipped(user, tmp_path, capsys):
     bad = tmp_path / "bad.jsonl"
     with gzip.open(user["prompts.jsonl.gz"], "rt") as file:
         lines = file.readlines()
     bad.write_text("".join([*lines[:3], "{oops\n", *lines[3:]]))
     mine = {**user, "prompts.jsonl.gz": bad}
-    stopped = start(*command("ppo_max.py", mine, tmp_path / "stop", "--steps", "1"))
-    skipped = start(
-        *command("ppo_max.py", mine, tmp_path / "skip", "--steps", "1", "--on-bad-row", "skip",
-                 "--critic-pretrain-steps", "0")
-    )  # fmt: skip
-    assert "bad.jsonl:4" in finish(stopped, 1)
-    assert "skipped 1 of" in finish(skipped)
+    with pytest.raises(BadRow, match=r"bad\.jsonl:4: not JSON"):
+        run("ppo_max", mine, tmp_path / "stop", steps=1)
+    run("ppo_max", mine, tmp_path / "skip", steps=1, on_bad_row="skip")
+    assert "skipped 1 of 61 rows: 1 not JSON (first:" in capsys.readouterr().out
+
+
+def test_filters_are_flagged(user, tmp_path, caplog):
+    run("ppo_max", user, tmp_path / "run", steps=1, top_p=0.9, critic_pretrain_steps=0)
+    assert "sampling and scoring differ: top_p 0.9" in caplog.text
 
 
 def test_what_is_missing_is_said(user, tmp_path):
-    base = [sys.executable, str(RECIPES / "ppo_max.py"), "--out", str(tmp_path / "run")]
-    assert "--reward: policy" in finish(start(*base, "--policy", str(user["policy"])), 1)
+    with pytest.raises(ValueError, match=r"--reward: policy .* needs a reward model of its own"):
+        run("ppo_max", user, tmp_path / "a", reward="sandbox")
+    with pytest.raises(ValueError, match=r"--prompts: policy .* needs a file of prompts"):
+        run("ppo_max", user, tmp_path / "b", prompts=None)
+    with pytest.raises(ValueError, match="--held-out: got 60, and the file has 60 usable prompts"):
+        run("ppo_max", user, tmp_path / "c", held_out=60)
 
 
-def test_the_reward_model_recipe_on_a_users_pairs(user, tmp_path):
+def test_a_reward_model_of_another_vocabulary_is_refused(user, tmp_path):
+    shutil.copytree(user["reward"], tmp_path / "reward")
+    other = AutoTokenizer.from_pretrained(tmp_path / "reward")
+    other.add_tokens(["unheard"])
+    other.save_pretrained(tmp_path / "reward")
+    with pytest.raises(ValueError, match="has another vocabulary"):
+        run("ppo_max", user, tmp_path / "run", reward=str(tmp_path / "reward"))
+
+
+def test_the_reward_model_recipe_on_a_users_pairs(user, tmp_path, capsys):
     out = tmp_path / "rm"
-    sizes = "--steps 30 --batch-size 8 --held-out 12 --lr 3e-3 --train-layers 1"
-    output = finish(
-        start(sys.executable, str(RECIPES / "reward_model.py"), "--base", str(user["policy"]), "--pairs",
-              str(user["pairs.jsonl"]), "--out", str(out), *sizes.split())
+    out.mkdir()
+    reward_model.train(
+        reward_model.RewardModelling(
+            base=str(user["policy"]), pairs=user["pairs.jsonl"], steps=30, batch_size=8, held_out=12, lr=3e-3,
+            train_layers=1,
+        ),
+        out,
     )  # fmt: skip
-    assert "held-out pairs right" in output
+    assert "held-out pairs right" in capsys.readouterr().out
     assert json.loads((out / "summary.json").read_text())["accuracy"] > 0.9
     model = AutoModelForSequenceClassification.from_pretrained(out)
     assert model.score.out_features == 1
@@ -219,11 +258,6 @@ def test_the_reward_model_recipe_on_a_users_pairs(user, tmp_path):
 
 def test_the_sandbox_makes_what_is_missing_once(tmp_path, monkeypatch):
     monkeypatch.setenv("PPO_KIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.syspath_prepend(str(RECIPES))
-    import ppo_max
-    import reward_model
-    import sft
-
     tiny = functools.partial(sft.SFT, steps=3, size=64, batch_size=8, hidden_size=16, layers=1)
     monkeypatch.setattr(sft, "SFT", tiny)
     monkeypatch.setattr(
