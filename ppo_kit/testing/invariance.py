@@ -187,11 +187,12 @@ def check_row_order(
 
 def _pad(batch: TensorDictBase, garbage: float, only: Any) -> TensorDictBase:
     """One more column of padding, and garbage in every masked slot (of the key ``only``, if given)."""
-    masks = {"T": batch["response_mask"], "P": batch["prompt_mask"]}
+    names = {"T": "response_mask", "P": "prompt_mask"}
+    masks = {side: batch[name] for side, name in names.items() if name in batch}
     out = batch.copy()
     for key in batch.keys(True, True):
         side = columns_of(batch, key)
-        if side is None:
+        if side not in masks:
             continue
         value = batch[key]
         column = torch.zeros_like(value[:, :1])

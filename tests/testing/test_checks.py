@@ -259,7 +259,6 @@ def test_writing_in_place_is_caught():
 def test_a_batch_of_ones_own():
     batch = TensorDict({"rewards": torch.tensor([[1.0, 2.0]])}, [1])
     batch["response_mask"] = torch.tensor([[True, False]])
-    batch["prompt_mask"] = torch.tensor([[True]])
 
     def component(rewards, mask):
         return rewards.sum(1)
