@@ -99,28 +99,29 @@ def rollout(
     history = torch.where(mask[:, :width], ids, ids[:, -1:])
     alive = torch.ones(size, dtype=torch.bool, device=ids.device)
     tokens, masks, log_probs, entropies = [], [], [], []
-    for t in range(sampling.max_new_tokens):
-        logits = model(
-            input_ids=step_ids,
-            attention_mask=mask[:, : width + t].long(),
-            position_ids=step_positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
-        logits = logits.float() / policy.temperature
-        token = _invert(filters(history, logits), uniforms[:, t])
-        tokens.append(torch.where(alive, token, eos_id))
-        masks.append(alive)
-        log_probs.append(torch.where(alive, token_log_probs(logits, token), 0.0))
-        entropies.append(torch.where(alive, token_entropy(logits), 0.0))
-        alive = alive & (token != eos_id)
-        if not bool(alive.any()):
-            break
-        if filters:
-            history = torch.cat([history, tokens[-1][:, None]], 1)
-        step_ids = tokens[-1][:, None]
-        step_positions = positions[:, width + t : width + t + 1]
+    with policy.autocast():
+        for t in range(sampling.max_new_tokens):
+            logits = model(
+                input_ids=step_ids,
+                attention_mask=mask[:, : width + t].long(),
+                position_ids=step_positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+            logits = logits.float() / policy.temperature
+            token = _invert(filters(history, logits), uniforms[:, t])
+            tokens.append(torch.where(alive, token, eos_id))
+            masks.append(alive)
+            log_probs.append(torch.where(alive, token_log_probs(logits, token), 0.0))
+            entropies.append(torch.where(alive, token_entropy(logits), 0.0))
+            alive = alive & (token != eos_id)
+            if not bool(alive.any()):
+                break
+            if filters:
+                history = torch.cat([history, tokens[-1][:, None]], 1)
+            step_ids = tokens[-1][:, None]
+            step_positions = positions[:, width + t : width + t + 1]
     batch["response_ids"] = torch.stack(tokens, 1)
     batch["response_mask"] = torch.stack(masks, 1)
     batch["old_log_probs"] = torch.stack(log_probs, 1)

@@ -25,6 +25,8 @@ class Policy(BatchModule):
         model: any ``AutoModelForCausalLM``.
         temperature: τ, the one that responses are sampled at.
         entropy_grad: let gradients through ``entropy`` (an entropy bonus needs it; it costs memory).
+        dtype: what the model computes in (``torch.autocast``). With bfloat16 the weights, their gradients and
+            the optimizer's states stay float32, log-softmax too; sampling has to use the same.
 
     Shapes:
         reads prompt_ids, prompt_mask [B,P], response_ids, response_mask [B,T];
@@ -35,7 +37,12 @@ class Policy(BatchModule):
     OUT: ClassVar[Sequence[NestedKey]] = ("log_probs", "entropy")
 
     def __init__(
-        self, model: PreTrainedModel, *, temperature: float = 1.0, entropy_grad: bool = False
+        self,
+        model: PreTrainedModel,
+        *,
+        temperature: float = 1.0,
+        entropy_grad: bool = False,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         if not temperature > 0:
@@ -43,19 +50,25 @@ class Policy(BatchModule):
         self.model = model
         self.temperature = temperature
         self.entropy_grad = entropy_grad
+        self.dtype = checked_dtype(dtype)
         disable_dropout(model)
+
+    def autocast(self) -> torch.autocast:
+        """The context in which the model computes in ``dtype``."""
+        return autocast(self.model, self.dtype)
 
     def logits(self, *inputs: Tensor) -> Tensor:
         """Float32 logits over τ of the states before each response token, [B,T,V]."""
         ids, mask, positions = join(*inputs)
         width = inputs[2].shape[1]
-        logits = self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            logits_to_keep=width + 1,
-            use_cache=False,
-        ).logits[:, :-1]
+        with self.autocast():
+            logits = self.model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                logits_to_keep=width + 1,
+                use_cache=False,
+            ).logits[:, :-1]
         return logits.float() / self.temperature
 
     def compute(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -72,8 +85,10 @@ class Reference(Policy):
 
     OUT = ("ref_log_probs",)
 
-    def __init__(self, model: PreTrainedModel, *, temperature: float = 1.0) -> None:
-        super().__init__(model, temperature=temperature)
+    def __init__(
+        self, model: PreTrainedModel, *, temperature: float = 1.0, dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__(model, temperature=temperature, dtype=dtype)
         model.requires_grad_(False)
 
     @torch.no_grad()
@@ -81,6 +96,18 @@ class Reference(Policy):
         response_ids, response_mask = inputs[2:]
         log_probs = token_log_probs(self.logits(*inputs), torch.where(response_mask, response_ids, 0))
         return (torch.where(response_mask, log_probs, 0.0),)
+
+
+def checked_dtype(dtype: torch.dtype) -> torch.dtype:
+    """``dtype``, or a ``ValueError``: float16 would need its losses scaled."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"dtype: got {dtype}, needs torch.float32 or torch.bfloat16")
+    return dtype
+
+
+def autocast(model: PreTrainedModel, dtype: torch.dtype) -> torch.autocast:
+    """``torch.autocast`` to ``dtype`` on the model's device; off for float32."""
+    return torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 def disable_dropout(model: nn.Module) -> None:

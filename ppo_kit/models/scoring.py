@@ -9,17 +9,24 @@ from tensordict import NestedKey
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ppo_kit.models.policy import disable_dropout
+from ppo_kit.models.policy import autocast, checked_dtype, disable_dropout
 from ppo_kit.models.sequence import join
 from ppo_kit.modules.base import BatchModule
 
 
 class _Scalar(BatchModule):
-    """A backbone and a linear head: one number for every position."""
+    """A backbone and a linear head: one number for every position. ``dtype`` is that of ``Policy``; the head
+    computes in that of its weights."""
 
     IN = ("prompt_ids", "prompt_mask", "response_ids", "response_mask")
 
-    def __init__(self, model: PreTrainedModel, *, out_keys: Sequence[NestedKey] | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        dtype: torch.dtype = torch.float32,
+        out_keys: Sequence[NestedKey] | None = None,
+    ) -> None:
         super().__init__(out_keys=out_keys)
         if not isinstance(getattr(model, "score", None), nn.Linear) or model.score.out_features != 1:
             raise ValueError(
@@ -27,15 +34,17 @@ class _Scalar(BatchModule):
                 "AutoModelForSequenceClassification with one label (num_labels=1) and a Linear head 'score'"
             )
         self.model = model
+        self.dtype = checked_dtype(dtype)
         disable_dropout(model)
 
     def scalars(self, *inputs: Tensor) -> Tensor:
         """head(hidden), float32, at all P+T positions: [B,P+T]."""
         ids, mask, positions = join(*inputs)
-        hidden = self.model.base_model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
-        ).last_hidden_state
-        return self.model.score(hidden).squeeze(-1).float()
+        with autocast(self.model, self.dtype):
+            hidden = self.model.base_model(
+                input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
+            ).last_hidden_state
+        return self.model.score(hidden.to(self.model.score.weight.dtype)).squeeze(-1).float()
 
 
 class Critic(_Scalar):

@@ -23,8 +23,8 @@ def check_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         rows = layer.weight.shape[0] if layer is not None else needed
         if rows < needed:
             raise ValueError(
-                f"{name}: its tokenizer has {needed} tokens, the model {rows} {side} embedding rows; load the "
-                f"tokenizer it was trained with, or train it after resize_token_embeddings({needed})"
+                f"{name}: its tokenizer has {needed} tokens, the model {rows} {side} embedding rows; load "
+                f"the tokenizer it was trained with, or train it after resize_token_embeddings({needed})"
             )
 
 

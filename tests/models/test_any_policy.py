@@ -1,0 +1,125 @@
+"""Policies of any make: precision, tokenizers without this or that token (pitfalls 9, 13, 14)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from ppo_kit.data import Encoder, end_of_turn_id, pad_prompts
+from ppo_kit.models import (
+    Critic,
+    Policy,
+    Reference,
+    RewardModel,
+    load_causal_lm,
+    load_scalar_model,
+    load_tokenizer,
+)
+from ppo_kit.rollout import Sampling, rollout
+
+PROMPTS, RESPONSES = [[3, 4], [5, 6, 7, 8]], [[9, 10, 11], [12, 1]]
+BF16 = torch.bfloat16
+
+
+def test_bfloat16_computes_with_float32_weights(family, tiny_model, make_batch):
+    policy, scalar = tiny_model(family), tiny_model(family, scalar=True)
+    outputs = {}
+    for dtype in (torch.float32, BF16):
+        batch = make_batch(PROMPTS, RESPONSES)
+        for module in (
+            Policy(policy, dtype=dtype),
+            Critic(scalar, dtype=dtype),
+            RewardModel(scalar, dtype=dtype),
+        ):
+            module(batch)
+        Reference(tiny_model(family), dtype=dtype)(batch)
+        outputs[dtype] = batch
+    for key in ("log_probs", "ref_log_probs", "entropy", "values", "score"):
+        exact, rough = outputs[torch.float32][key], outputs[BF16][key]
+        assert rough.dtype == torch.float32
+        assert not torch.equal(exact, rough)
+        torch.testing.assert_close(exact, rough, atol=0.1, rtol=0.1)
+    (outputs[BF16]["log_probs"].sum() + outputs[BF16]["values"].sum()).backward()
+    for parameter in (*policy.parameters(), *scalar.parameters()):
+        assert parameter.dtype == torch.float32
+        assert parameter.grad is None or parameter.grad.dtype == torch.float32
+
+
+def test_sampling_computes_as_scoring_does(family, tiny_model):
+    prompts = pad_prompts(PROMPTS, 0)
+    for dtype in (torch.float32, BF16):
+        policy = Policy(tiny_model(family), dtype=dtype)
+        batch = policy(rollout(policy, prompts, Sampling(8), eos_id=1, seeds=0))
+        drift = (batch["log_probs"] - batch["old_log_probs"]).abs().max().item()
+        exact = Policy(policy.model)(batch.clone())["log_probs"]
+        assert drift < (1e-4 if dtype == torch.float32 else 0.1)
+        if dtype == BF16:  # what was sampled by is the rough one
+            assert (batch["old_log_probs"] - exact).abs().max() > 1e-3
+
+
+def test_other_precisions_are_refused(tiny_model):
+    for make in (Policy, Reference):
+        with pytest.raises(
+            ValueError, match=r"dtype: got torch.float16, needs torch.float32 or torch.bfloat16"
+        ):
+            make(tiny_model("llama"), dtype=torch.float16)
+    with pytest.raises(ValueError, match="dtype: got"):
+        Critic(tiny_model("llama", scalar=True), dtype=torch.float16)
+
+
+def test_bfloat16_checkpoints_become_float32_masters(tiny_model, tmp_path):
+    """At a learning rate of 5e-7 AdamW moves no bfloat16 weight at all (pitfall 14)."""
+    tiny_model("llama").to(BF16).save_pretrained(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype == BF16
+    for model in (load_causal_lm(str(tmp_path)), load_scalar_model(str(tmp_path))):
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+        before = [parameter.clone() for parameter in model.parameters()]
+        sum(p.sum() for p in model.parameters()).backward()
+        torch.optim.AdamW(model.parameters(), lr=5e-7, weight_decay=0.0).step()
+        assert any(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}</s>{% endif %}{% endfor %}"
+)
+
+
+def words(folder, template=TEMPLATE, **special):
+    vocabulary = {word: index for index, word in enumerate(["<pad>", "</s>", "a", "b", "c"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, "a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **special).save_pretrained(
+        folder
+    )
+    return load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize("pad", [{}, {"pad_token": "</s>"}, {"pad_token": "<pad>"}])
+def test_a_response_keeps_its_end_whatever_the_pad_token(tmp_path, tiny_model, pad):
+    tokenizer = words(tmp_path, eos_token="</s>", **pad)
+    assert tokenizer.pad_token_id == (0 if pad == {"pad_token": "<pad>"} else 1)
+    assert tokenizer.padding_side == "left"
+    answered = Encoder(tokenizer, max_tokens=9).answered(
+        {"messages": [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c"}]}
+    )
+    assert answered.answer_ids == [4, 1]
+    policy = Policy(tiny_model("llama"))
+    batch = rollout(
+        policy, pad_prompts([[2], [2, 3]], tokenizer.pad_token_id), Sampling(12), eos_id=1, seeds=3
+    )
+    ended = ~batch["truncated"]
+    assert ended.any()
+    last = batch["response_mask"].sum(1) - 1
+    ends = batch["response_ids"].gather(1, last[:, None]).squeeze(1)
+    assert (ends[ended] == 1).all()
+
+
+def test_what_a_tokenizer_cannot_do_without_is_said(tmp_path):
+    with pytest.raises(ValueError, match="has no end-of-sequence token, which ends a response"):
+        words(tmp_path / "a", pad_token="<pad>")
+    bare = words(tmp_path / "b", template=None, eos_token="</s>")
+    for use in (end_of_turn_id, lambda t: Encoder(t, max_tokens=9)):
+        with pytest.raises(ValueError, match=r"no chat template.* set tokenizer.chat_template"):
+            use(bare)
