@@ -1,0 +1,191 @@
+"""LoRA: one frozen model with small adapters; the reference is the model with its adapter off.
+
+    lora = LoRA(load_causal_lm(name), rank=16)
+    policy, reference = Policy(lora.causal("policy")), Reference(lora.causal(None))
+    critic = Critic(lora.scalar("critic"))  # on the policy's base; or a second LoRA, over the reward model
+
+An adapted matrix computes W x + (alpha / rank) B A x with A [rank,in], B [out,rank], B zero at first, so
+training starts at the model itself (Hu et al. 2021, arXiv 2106.09685, section 4.1). ``pip install peft``.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ppo_kit.models.policy import disable_dropout
+
+
+class LoRA:
+    """A model whose weights are frozen, and adapters by name of which one, or none, computes at a time.
+
+    The adapter that computes is switched by the forward of :meth:`causal` and :meth:`scalar`'s modules, not
+    when gradients flow: two of them may run before one backward. Gradient checkpointing would recompute
+    under whichever ran last; do not combine it with two adapters on one model.
+
+    Args:
+        model: changed in place: frozen, without dropout, its linear layers but the head wrapped.
+        rank: of A and B. alpha: scale times rank; None takes twice the rank.
+        seed: of A's random start.
+
+    Raises:
+        ModuleNotFoundError: peft is not installed.
+        ValueError: the rank is below 1.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, *, rank: int, alpha: float | None = None, seed: int = 0
+    ) -> None:
+        if rank < 1:
+            raise ValueError(f"rank: got {rank}, needs at least 1")
+        self.model, self.rank, self.seed = model, rank, seed
+        self.alpha = 2 * rank if alpha is None else alpha
+        self.names: list[str] = []
+        self._active: str | None = None
+        self._layers: dict[str, Any] = {}
+        disable_dropout(model)
+        model.requires_grad_(False)
+
+    def causal(self, name: str | None) -> AdaptedModel:
+        """The language model under adapter ``name`` (made when new), for ``Policy``; None is adapter off."""
+        return AdaptedModel(self, self._add(name))
+
+    def scalar(self, name: str | None) -> AdaptedScalar:
+        """The backbone under adapter ``name`` with a head of its own, for ``Critic``; None is adapter off.
+
+        The head starts as a copy of the model's ``score``, or at zero for a causal language model.
+        """
+        return AdaptedScalar(self, self._add(name))
+
+    def use(self, name: str | None) -> None:
+        """Let adapter ``name`` compute, or the model itself."""
+        if name != self._active:
+            self._switch(name)
+
+    def weights(self, name: str) -> dict[str, nn.Parameter]:
+        """A and B of one adapter, by the names they have in a peft checkpoint."""
+        mark = f".{name}.weight"
+        held = self._lora_weights().items()
+        return {key.replace(mark, ".weight"): weight for key, weight in held if key.endswith(mark)}
+
+    def merged(self, name: str) -> dict[str, Tensor]:
+        """The plain model's weights with adapter ``name`` added in: W + (alpha / rank) B A."""
+        weights = {key: value for key, value in self.model.state_dict().items() if "lora_" not in key}
+        for key, layer in self._layers.items():
+            weights[f"{key}.base_layer.weight"] = layer.base_layer.weight + layer.get_delta_weight(name)
+        return {key.replace(".base_layer.", "."): value.detach() for key, value in weights.items()}
+
+    def save_adapter(self, name: str, folder: Path) -> None:
+        """Write adapter ``name`` alone, as peft and ``from_pretrained`` load it; it names its base."""
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {
+            f"base_model.model.{key}": w.detach().contiguous() for key, w in self.weights(name).items()
+        }
+        save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        config = self._config()
+        config.base_model_name_or_path = self.model.config._name_or_path
+        config.task_type = "CAUSAL_LM"
+        config.inference_mode = True
+        config.target_modules = sorted(
+            {key.rsplit(".lora_", 1)[0].rsplit(".", 1)[-1] for key in self.weights(name)}
+        )
+        config.save_pretrained(folder)
+
+    def save_merged(self, name: str, folder: Path) -> None:
+        """Write the plain model with adapter ``name`` added in; peft is not needed to load it."""
+        self.model.save_pretrained(folder, state_dict=self.merged(name))
+
+    def _add(self, name: str | None) -> str | None:
+        if name is None or name in self.names:
+            return name
+        try:
+            from peft import inject_adapter_in_model
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError("LoRA needs: pip install peft") from error
+        device = self.model.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two adapters are meant
+            torch.manual_seed(self.seed + len(self.names))
+            inject_adapter_in_model(self._config(), self.model, adapter_name=name)
+        self.names.append(name)
+        self._layers = {key: layer for key, layer in self.model.named_modules() if hasattr(layer, "lora_A")}
+        self._switch(self._active)
+        return name
+
+    def _switch(self, name: str | None) -> None:
+        for layer in self._layers.values():
+            layer.enable_adapters(name is not None)
+            if name is not None:
+                layer.set_adapter(name)
+        # peft freezes what does not compute. A graph that waits for its backward would lose its gradients.
+        for weight in self._lora_weights().values():
+            weight.requires_grad_(True)
+        self._active = name
+
+    def _config(self) -> Any:
+        from peft import LoraConfig
+
+        heads = {id(self.model.get_output_embeddings()), id(getattr(self.model, "score", None))}
+        conv = any(type(layer).__name__ == "Conv1D" for layer in self.model.modules())  # GPT-2's [in,out]
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,
+            target_modules="all-linear",
+            exclude_modules=[key for key, module in self.model.named_modules() if id(module) in heads],
+            fan_in_fan_out=conv,
+        )
+
+    def _lora_weights(self) -> dict[str, nn.Parameter]:
+        return {key: weight for key, weight in self.model.named_parameters() if ".lora_" in key}
+
+
+class AdaptedModel(nn.Module):
+    """A model for ``Policy`` and ``Reference``. Its parameters and its state are the adapter's alone."""
+
+    def __init__(self, lora: LoRA, name: str | None) -> None:
+        super().__init__()
+        self.lora, self.name = lora, name
+        weights = {} if name is None else lora.weights(name)
+        self.weights = nn.ParameterDict({key.replace(".", "/"): weight for key, weight in weights.items()})
+
+    @property
+    def config(self) -> Any:
+        return self.lora.model.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.lora.model.device
+
+    def forward(self, **inputs: Any) -> Any:
+        self.lora.use(self.name)
+        return self.lora.model(**inputs)
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write the adapter; ``lora.save_merged`` writes a plain model."""
+        if self.name is None:
+            raise ValueError("the reference is the model itself: there is no adapter to save")
+        self.lora.save_adapter(self.name, Path(folder))
+
+
+class AdaptedScalar(AdaptedModel):
+    """A model for ``Critic`` and ``RewardModel``: the backbone, and the head ``score``."""
+
+    def __init__(self, lora: LoRA, name: str | None) -> None:
+        super().__init__(lora, name)
+        head = getattr(lora.model, "score", None)
+        if head is None:
+            example = lora.model.get_input_embeddings().weight
+            head = nn.Linear(lora.model.config.hidden_size, 1, bias=False).to(example)
+            nn.init.zeros_(head.weight)
+        self.score = copy.deepcopy(head).requires_grad_(name is not None)
+
+    def base_model(self, **inputs: Any) -> Any:
+        self.lora.use(self.name)
+        return self.lora.model.base_model(**inputs)
