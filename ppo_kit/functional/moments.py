@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ppo_kit.functional.checks import check_mask
 from ppo_kit.functional.masked import zero_masked
 
 
@@ -29,7 +28,7 @@ class Moments:
 
         It is 0 for a stream that has been constant so far; who divides by it adds an epsilon.
         """
-        variance = self.m2 / (self.count - 1).clamp(min=1)
+        variance = self.m2 / (self.count - 1)
         return torch.where(self.count < 2, torch.ones_like(variance), variance).sqrt()
 
 
@@ -46,7 +45,6 @@ def moments_of(x: Tensor, mask: Tensor | None = None) -> Moments:
     """
     if mask is None:
         mask = torch.ones_like(x, dtype=torch.bool)
-    check_mask(mask, x, "x")
     values = zero_masked(x.detach().double(), mask)
     count = mask.sum().double()
     mean = values.sum() / count.clamp(min=1)

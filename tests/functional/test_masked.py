@@ -111,6 +111,8 @@ def test_whitening_is_shift_and_scale_free() -> None:
 def test_eps_bounds_the_scale() -> None:
     mask = torch.ones(1, 2, dtype=torch.bool)
     assert whiten(torch.tensor([[0.0, 2.0]]), mask, eps=2.0).tolist() == [[-0.5, 0.5]]
+    tiny = torch.tensor([[0.0, 2e-4]], dtype=torch.float64)  # var 2e-8, eps 1e-8
+    assert whiten(tiny, mask)[0, 1].item() == pytest.approx(1e-4 / 3e-8**0.5)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
@@ -72,6 +73,14 @@ def test_many_streams_merge_at_once() -> None:
 def test_moments_are_constants_of_any_dtype() -> None:
     assert not moments_of(torch.ones(3, requires_grad=True)).m2.requires_grad
     assert moments_of(torch.tensor([True, False])).mean.item() == 0.5
+
+
+def test_moments_are_immutable_and_compare_by_identity() -> None:
+    some = moments_of(torch.ones(3))
+    with pytest.raises(FrozenInstanceError):
+        some.count = some.mean
+    assert some == some
+    assert some != moments_of(torch.ones(3))
 
 
 def test_bad_masks_are_named() -> None:

@@ -185,6 +185,7 @@ def test_padding_and_row_order_change_nothing(name: str, mask: Tensor, seed: int
     def aggregated(log_probs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor = mask) -> Tensor:
         return token_mean(LOSSES[name](log_probs, old, advantages, mask), mask)
 
+    assert_padding_invariant(lambda *x: LOSSES[name](*x, mask), inputs, mask)
     assert_padding_invariant(aggregated, inputs, mask)
     assert_more_padding_changes_nothing(aggregated, inputs, mask)
     assert_row_order_invariant(LOSSES[name], [*inputs, mask], seed)
@@ -270,6 +271,13 @@ def test_defaults_are_the_papers() -> None:
         one = torch.tensor([[True]])
         got = gmpo(side.view(1, 1), torch.zeros(1, 1), side.view(1, 1), one)
         assert got.item() == pytest.approx(-side.item() * math.exp(0.4 * side.item()))
+
+
+def test_kl_cov_selects_two_of_ten_thousand_tokens_by_default() -> None:
+    log_probs, advantages = normal(torch.zeros(1, 10_000), 0, 2)
+    loss = kl_cov(log_probs, log_probs - 0.5, advantages, torch.ones(1, 10_000, dtype=torch.bool))
+    penalty = loss - importance_sampling(log_probs, log_probs - 0.5, advantages)
+    assert penalty[penalty.abs() > 1e-9].tolist() == pytest.approx([0.5, 0.5])
 
 
 @property_test(mask=masks(), seed=seeds)
