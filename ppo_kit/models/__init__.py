@@ -10,10 +10,11 @@ from ppo_kit.models.load import (
     save_model,
 )
 from ppo_kit.models.policy import Policy, Reference
-from ppo_kit.models.scoring import Critic, RewardModel
+from ppo_kit.models.scoring import Bootstrap, Critic, RewardModel
 from ppo_kit.models.text_reward import TextReward, decode
 
 __all__ = [
+    "Bootstrap",
     "Critic",
     "Policy",
     "Reference",

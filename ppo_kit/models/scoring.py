@@ -59,8 +59,17 @@ class Critic(_Scalar):
         prompt_width = inputs[0].shape[1]
         return torch.where(inputs[3], self.scalars(*inputs)[:, prompt_width - 1 : -1], 0.0)
 
-    def bootstrap(self, *inputs: Tensor) -> Tensor:
-        """V(state after the last valid token) [B], for responses that were cut off."""
+
+class Bootstrap(_Scalar):
+    """``bootstrap_value`` [B]: V(state after the last valid token), what ``GAE(bootstrap=True)`` reads.
+
+    Give it the critic's model: ``Bootstrap(critic.model)``.
+    """
+
+    OUT = ("bootstrap_value",)
+
+    @torch.no_grad()
+    def compute(self, *inputs: Tensor) -> Tensor:
         return _at_last_token(self.scalars(*inputs), inputs[1], inputs[3])
 
 

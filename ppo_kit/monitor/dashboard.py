@@ -109,7 +109,7 @@ def _mark_best(axes: Axes, steps: np.ndarray, values: np.ndarray) -> None:
     start, best = level[np.isfinite(level)][0], int(np.nanargmax(level))
     axes.axhline(start, color=ORANGE, linewidth=0.9, linestyle=(0, (2, 3)))
     axes.annotate(
-        "at the start",
+        "start",
         (1, start),
         xycoords=("axes fraction", "data"),
         xytext=(5, 0),
@@ -177,7 +177,8 @@ def _draw_header(figure: Figure, folder: Path, rows: Sequence[Mapping[str, Any]]
     figure.text(0.052, 0.933, "  ·  ".join(facts), fontsize=9.5, color="#595959", va="top")
     before, after = summary.get("before", {}), summary.get("after", {})
     held_out = [
-        f"{what} {before[name]:.{digits}f} → {after[name]:.{digits}f}"
+        # Adding 0.0 turns the -0.0 of a rounded KL into 0.
+        f"{what} {round(before[name], digits) + 0.0:.{digits}f} → {after[name]:.{digits}f}"
         for name, what, digits in (("gold_score", "gold", 2), ("score", "score", 2), ("kl", "KL", 3))
         if isinstance(before.get(name), float | int) and isinstance(after.get(name), float | int)
     ]

@@ -138,7 +138,8 @@ def before_and_after(before: Mapping[str, float], after: Mapping[str, float]) ->
     for name in known + [name for name in after if name not in METRICS]:
         old, new = before.get(name, float("nan")), after.get(name, float("nan"))
         style = "bold" if name == "gold_score" else None
-        table.add_row(name, f"{old:.3f}", f"{new:.3f}", f"{new - old:+.3f}", style=style)
+        # Adding 0.0 turns the -0.0 of a rounded KL into 0.
+        table.add_row(name, f"{round(old, 3) + 0.0:.3f}", f"{new:.3f}", f"{new - old:+.3f}", style=style)
     return table
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ppo_kit.models import Critic, Policy, Reference, RewardModel
+from ppo_kit.models import Bootstrap, Critic, Policy, Reference, RewardModel
 
 PROMPTS, RESPONSES = [[3, 4], [5, 6, 7, 8]], [[9, 10, 11], [12, 1]]
 
@@ -68,9 +68,8 @@ def test_padding_changes_nothing(family, tiny_model, make_batch, left, right, fi
 
 def test_bootstrap_is_the_state_after_the_last_token(tiny_model, make_batch):
     critic = Critic(tiny_model("llama", scalar=True))
-    batch = make_batch(PROMPTS, RESPONSES)
+    after = Bootstrap(critic.model)(make_batch(PROMPTS, RESPONSES))["bootstrap_value"]
     longer = make_batch(PROMPTS, [[*response, 2] for response in RESPONSES])
-    after = critic.bootstrap(*(batch[key] for key in critic.in_keys))
     values = critic(longer)["values"]
     torch.testing.assert_close(after, torch.stack([values[0, 3], values[1, 2]]), atol=1e-5, rtol=1e-5)
 
