@@ -65,7 +65,7 @@ class RewardModelling(RunSettings):
     """Train only the top N layers and the head; -1 trains all."""
     size: int = 4000
     """Pairs drawn in the sandbox."""
-    judge_temperature: float = 0.8
+    judge_temperature: float = 1.2
     """Noise of the sandbox's judge [gold units]: P(a over b) = σ((gold(a) − gold(b)) / temperature)."""
 
 
