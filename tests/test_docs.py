@@ -1,0 +1,34 @@
+"""The code that the README and the pages show runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/composing.md"])
+def test_python_blocks_run(page):
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.S | re.M)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, page, "exec"), {})
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name
+)
+def test_links_lead_somewhere(page):
+    targets = re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text())
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+def test_names_in_the_composing_page_exist():
+    from ppo_kit import models, modules
+
+    text = (ROOT / "docs" / "composing.md").read_text()
+    named = set(re.findall(r"\b([A-Z][A-Za-z]+)\(", text)) - {"TensorDict", "TanhScore", "V"}
+    assert {name for name in named if not hasattr(modules, name) and not hasattr(models, name)} == set()
