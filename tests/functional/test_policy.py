@@ -280,6 +280,12 @@ def test_kl_cov_selects_two_of_ten_thousand_tokens_by_default() -> None:
     assert penalty[penalty.abs() > 1e-9].tolist() == pytest.approx([0.5, 0.5])
 
 
+def test_gmpo_bounds_a_token_without_advantage_from_below_only() -> None:
+    log_ratio, advantages = torch.tensor([[1.0, 0.1]]), torch.tensor([[0.0, 1.0]])
+    loss = gmpo(log_ratio, torch.zeros(1, 2), advantages, torch.tensor([[True, True]]))
+    assert loss[0, 1].item() == pytest.approx(-math.exp((1.0 + 0.1) / 2))
+
+
 @property_test(mask=masks(), seed=seeds)
 def test_an_open_clip_is_importance_sampling(mask: Tensor, seed: int) -> None:
     log_probs, old, advantages = normal(mask, seed, 3)

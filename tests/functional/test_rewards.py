@@ -70,7 +70,7 @@ def test_bad_input_is_named() -> None:
         (lambda: place_score(score.long(), mask), r"^score: got torch.int64, needs a floating-point"),
         (lambda: place_score(mask.float(), mask), r"^score: got shape \[2, 3\], needs \[B\]"),
         (lambda: place_score(score, mask[0]), r"^mask: got shape \[3\], needs \[B,T\]"),
-        (lambda: place_score(score[:1], mask), r"^mask: got shape \[2, 3\], needs \[1, 3\]"),
+        (lambda: place_score(score[:1], mask), r"^mask: got shape \[2, 3\], needs \[1, 3\] as in score"),
         (lambda: place_score(score, mask.long()), r"^mask: got torch.int64, needs torch.bool"),
         (lambda: length_penalty(mask, per_token=-1.0), r"^per_token: got -1.0, needs a number in \[0, inf\)"),
         (
