@@ -143,12 +143,9 @@ def load_task(settings: PPOSettings, *, policy: str, reward: str) -> Task:
 def _read(settings: PPOSettings, tokenizer: PreTrainedTokenizerBase) -> Prompts:
     if settings.prompts is None:
         raise ValueError(f"--prompts: policy {settings.policy} needs a file of prompts (docs/data.md)")
-    prompts = load_prompts(
+    return load_prompts(
         settings.prompts, tokenizer, max_tokens=settings.prompt_tokens, on_bad_row=settings.on_bad_row
     )
-    if prompts.report is not None:
-        print(f"{settings.prompts}: {prompts.report}")
-    return prompts
 
 
 def _split(prompts: Prompts, held_out: int) -> tuple[Prompts, Prompts]:

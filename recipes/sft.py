@@ -92,9 +92,7 @@ def train(cfg: SFT, folder: Path) -> None:
 def _read(cfg: SFT, tokenizer) -> Dialogues:  # type: ignore[no-untyped-def]
     if cfg.dialogues is None:
         raise ValueError(f"--dialogues: base {cfg.base} needs a file of dialogues (docs/data.md)")
-    data = load_dialogues(cfg.dialogues, tokenizer, max_tokens=cfg.max_tokens, on_bad_row=cfg.on_bad_row)
-    print(f"{cfg.dialogues}: {data.report}")
-    return data
+    return load_dialogues(cfg.dialogues, tokenizer, max_tokens=cfg.max_tokens, on_bad_row=cfg.on_bad_row)
 
 
 def sandbox_policy(seed: int, *, fresh: bool = False) -> Path:

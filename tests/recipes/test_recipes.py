@@ -201,7 +201,7 @@ def test_ctrl_c_ends_a_run_with_its_files_whole(user, tmp_path):
     AutoModelForCausalLM.from_pretrained(out / "policy")
 
 
-def test_bad_rows_name_file_and_line_and_can_be_skipped(user, tmp_path, capsys):
+def test_bad_rows_name_file_and_line_and_can_be_skipped(user, tmp_path, caplog):
     bad = tmp_path / "bad.jsonl"
     with gzip.open(user["prompts.jsonl.gz"], "rt") as file:
         lines = file.readlines()
@@ -210,7 +210,7 @@ def test_bad_rows_name_file_and_line_and_can_be_skipped(user, tmp_path, capsys):
     with pytest.raises(BadRow, match=r"bad\.jsonl:4: not JSON"):
         run("ppo_max", mine, tmp_path / "stop", steps=1)
     run("ppo_max", mine, tmp_path / "skip", steps=1, on_bad_row="skip")
-    assert "skipped 1 of 61 rows: 1 not JSON (first:" in capsys.readouterr().out
+    assert "skipped 1 of 61 rows: 1 not JSON (first:" in caplog.text
 
 
 def test_filters_are_flagged(user, tmp_path, caplog):
