@@ -92,7 +92,7 @@ def _quiet(source: str) -> Iterator[None]:
 
 
 def freeze_below(model: PreTrainedModel, layers: int) -> int:
-    """Leave only the top ``layers`` decoder layers, the final norm and the head trainable; -1 leaves all.
+    """Leave only the top ``layers`` decoder layers and a scalar model's head trainable; -1 leaves all.
 
     Returns:
         The number of trainable parameters.

