@@ -1,0 +1,85 @@
+"""The memory estimate against the bytes of steps really taken. ``peak_memory.py`` measures processes."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from ppo_kit.models.memory import GIB, LiveBytes, MemoryEstimate, Workload, estimate_memory, main
+
+pytest.importorskip("peft", reason="peft is not installed")
+take_steps = runpy.run_path(str(Path(__file__).with_name("peak_memory.py")))["take_steps"]
+SIZES = {
+    "llama": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
+              "num_key_value_heads": 2},
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64},
+}  # fmt: skip
+STEP = {"rollout_size": 8, "minibatch_size": 8, "prompt_tokens": 24, "max_new_tokens": 16}
+
+
+@pytest.fixture
+def folders(tmp_path):
+    def make(family):
+        config = AutoConfig.for_model(
+            family, vocab_size=900, bos_token_id=1, eos_token_id=1, pad_token_id=0, **SIZES[family]
+        )
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "policy")
+        config.num_labels = 1
+        AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "reward")
+        return str(tmp_path / "policy"), str(tmp_path / "reward")
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("llama", {"micro_batch_size": 4}),
+        ("llama", {"micro_batch_size": 4, "lora_rank": 4}),
+        ("gpt2", {"micro_batch_size": 8, "train_layers": 1}),
+        ("gpt2", {"micro_batch_size": 8, "dtype": torch.bfloat16}),
+    ],
+    ids=str,
+)
+def test_a_step_holds_what_was_estimated(folders, family, settings):
+    names, work = folders(family), Workload(**{**STEP, **settings})
+    estimate = estimate_memory(*names, work=work)
+    weights = sum(
+        size
+        for name, (size, _) in estimate.items.items()
+        if name.split()[0] in ("policy", "reference", "critic", "reward")
+    )
+    program = estimate.items["program"][0] if "program" in estimate.items else 0
+    taken = take_steps(*names, work, counter=LiveBytes())
+    assert estimate.total - program - weights == pytest.approx(taken, rel=0.1)
+
+
+def test_it_is_read_from_configs_alone(folders, tmp_path):
+    policy, reward = folders("llama")
+    before = str(estimate_memory(policy, reward).items["policy"])
+    for path in tmp_path.glob("*/model.safetensors"):
+        path.unlink()
+    estimate = estimate_memory(policy, reward, work=Workload(lora_rank=4))
+    assert str(estimate.items["policy"]) == before
+    assert estimate.items["reference"] == (0, "adapter off")
+    assert estimate.items["critic"][1] == "adapter on the reward model"
+    parameters = sum(
+        p.numel() for p in AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(policy)).parameters()
+    )
+    assert estimate.items["policy"][0] == pytest.approx(4 * parameters, rel=0.01)
+    assert "critic" in estimate_memory(policy, work=Workload(lora_rank=4)).items
+
+
+def test_what_is_printed(folders, capsys):
+    estimate = MemoryEstimate({"policy": (14 * GIB, ""), "reference": (0, "adapter off")}, 10 * GIB)
+    assert str(estimate) == "policy 14.0 GiB, reference 0 (adapter off), total 14.0 GiB of 10.0 GiB available"
+    assert not estimate.fits
+    policy, reward = folders("llama")
+    assert main(["--policy", policy, "--reward", reward, "--lora-rank", "2", "--prompt-tokens", "16"]) == 0
+    printed = capsys.readouterr().out
+    for part in ("policy adapter", "reference 0 (adapter off)", "optimizer states", "total", "available"):
+        assert part in printed
