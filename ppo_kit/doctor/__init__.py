@@ -1,0 +1,6 @@
+"""Preflight on a user's own models, prompts and settings (``docs/doctor.md``)."""
+
+from ppo_kit.doctor.examine import CHECKS, Finding, examine
+from ppo_kit.doctor.subject import Subject
+
+__all__ = ["CHECKS", "Finding", "Subject", "examine"]

@@ -1,0 +1,67 @@
+"""Check a policy, a reward model, prompts and settings before a PPO run.
+
+    python -m ppo_kit.doctor --policy DIR --reward DIR --prompts FILE.jsonl.gz --max-new-tokens 128
+
+Takes the settings of the PPO recipes. Exit status: 1 where a check fails, 2 where there is
+nothing to check, else 0.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ppo_kit.doctor.examine import Finding, examine
+from ppo_kit.doctor.subject import Subject
+from ppo_kit.run.settings import PPOSettings
+
+STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red"}
+
+
+@dataclass(frozen=True)
+class Doctor(PPOSettings):
+    json: bool = False
+    """Print one JSON object, {"failed": ..., "findings": [...]}, instead of the table."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    settings = tyro.cli(Doctor, description=__doc__, args=arguments, prog="python -m ppo_kit.doctor")
+    torch.set_num_threads(settings.threads)
+    try:
+        subject = Subject(settings)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    findings: list[Finding] = []
+    with Console(stderr=True).status("examining"):
+        findings += examine(subject)
+    failed = sum(each.level == "fail" for each in findings)
+    if settings.json:
+        print(json.dumps({"failed": failed, "findings": [asdict(each) for each in findings]}, indent=2))
+    else:
+        Console(highlight=False).print(table(findings))
+    return 1 if failed else 0
+
+
+def table(findings: list[Finding]) -> Table:
+    """One row a check: level, name, what was found, and under it the fix."""
+    grid = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    for each in findings:
+        # Text, not markup: a found text may hold square brackets of its own.
+        found = Text(each.found)
+        if each.fix:
+            found.append(f"\nfix: {each.fix}", style="cyan")
+        grid.add_row(Text(each.level, style=STYLES[each.level]), Text(each.check), found)
+    return grid
+
+
+if __name__ == "__main__":
+    sys.exit(main())

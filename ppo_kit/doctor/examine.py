@@ -1,0 +1,64 @@
+"""Run the checks one by one; a check that raises is a finding, not an end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from ppo_kit.doctor import model_checks, text_checks
+from ppo_kit.doctor.subject import Subject
+
+Level = Literal["pass", "warn", "fail"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found. ``fix`` is what to do about it, empty where there is nothing to do."""
+
+    check: str
+    level: Level
+    found: str
+    fix: str = ""
+    seconds: float = 0.0
+
+
+Check = Callable[[Subject], "tuple[Level, str, str]"]
+"""subject -> (level, what was found, how to fix it)."""
+
+CHECKS: dict[str, Check] = {
+    "pad and end tokens": text_checks.tokens,
+    "chat template": text_checks.chat_template,
+    "prompts": text_checks.prompts,
+    "reward tokenizer": text_checks.reward_tokenizer,
+    "memory": model_checks.memory,
+    "sampling": model_checks.sampling,
+    "weights and learning rate": model_checks.learning_rate,
+    "response length": model_checks.response_length,
+    "dropout": model_checks.dropout,
+    "ratio at step one": model_checks.ratio,
+    "padding": model_checks.padding,
+    "reward head": model_checks.reward_head,
+}
+"""Name -> check, the cheap ones first."""
+
+
+def examine(subject: Subject, checks: Mapping[str, Check] = CHECKS) -> Iterator[Finding]:
+    """Yield the finding of each check as it is made; checks of your own go beside those of ``CHECKS``.
+
+    A part that cannot be loaded fails the first check that asks for it; the others that need it are left out,
+    as they would repeat the same error.
+    """
+    errors: set[str] = set()
+    for name, check in checks.items():
+        started = time.perf_counter()
+        try:
+            level, found, fix = check(subject)
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"
+            if text in errors:
+                continue
+            errors.add(text)
+            level, found, fix = "fail", text, "the message says what is needed; then run the doctor again"
+        yield Finding(name, level, found, fix, round(time.perf_counter() - started, 2))

@@ -1,0 +1,187 @@
+"""Checks that run the models. Each returns (level, found, fix)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+
+from ppo_kit.doctor.subject import Subject
+from ppo_kit.models.memory import Workload, estimate_memory
+from ppo_kit.monitor.first_ratio import check_first_ratio
+
+if TYPE_CHECKING:
+    from ppo_kit.doctor.examine import Level
+
+TOLERANCE = 1e-3
+"""Largest difference that float32 rounding explains [nats, or units of the score]."""
+MANY_TRUNCATED = 0.25
+
+
+def memory(subject: Subject) -> tuple[Level, str, str]:
+    """The estimated peak fits what the machine has free."""
+    settings = subject.settings
+    work = Workload(
+        rollout_size=settings.rollout_size,
+        minibatch_size=settings.minibatch_size,
+        micro_batch_size=settings.micro_batch_size,
+        prompt_tokens=settings.prompt_tokens,
+        max_new_tokens=settings.max_new_tokens,
+        train_layers=settings.train_layers,
+    )
+    estimate = estimate_memory(settings.policy, settings.reward, work=work)
+    if not estimate.fits:
+        return "fail", str(estimate), "smaller --micro-batch-size, --train-layers N, or smaller models"
+    return "pass", str(estimate), ""
+
+
+def sampling(subject: Subject) -> tuple[Level, str, str]:
+    """What is drawn is what is scored."""
+    if subject.sampling.rescorable:
+        return "pass", f"as scored, at temperature {subject.settings.temperature:g}", ""
+    on = subject.sampling
+    return (
+        "warn",
+        f"top_p {on.top_p:g}, top_k {on.top_k}, repetition_penalty {on.repetition_penalty:g} shape what is "
+        "drawn and not the log-probs that are scored: KL can be negative, the ratio is an estimate",
+        "--top-p 1 --top-k 0 --repetition-penalty 1; a lower --temperature is scored at",
+    )
+
+
+def learning_rate(subject: Subject) -> tuple[Level, str, str]:
+    """A step at the peak learning rate changes weights: AdamW's first is lr times the gradient's sign.
+
+    A weight w of a dtype with relative spacing ε stays where it is when lr is below about |w| ε / 2.
+    """
+    worst = ("", 1.0)
+    settings = subject.settings
+    for name, model, lr in (
+        ("policy", subject.policy.model, settings.lr),
+        ("critic", subject.reward.model, settings.critic_lr),
+    ):
+        moved = weights = 0
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                w = parameter.detach().flatten()[:100_000]
+                moved += int(((w - lr != w) | (w + lr != w)).sum())
+                weights += w.numel()
+        share = moved / weights if weights else 0.0
+        if share < worst[1]:
+            worst = (f"{share:.1%} of the {name}'s {model.dtype} weights change at a step of {lr:g}", share)
+    if worst[1] < 0.5:
+        return "fail", worst[0], "float32 master weights (load with dtype=torch.float32), or a larger rate"
+    if worst[1] < 0.99:
+        return "warn", worst[0], "a larger --lr or --critic-lr"
+    return "pass", f"a step of {settings.lr:g} changes the policy's {subject.policy.model.dtype} weights", ""
+
+
+def response_length(subject: Subject) -> tuple[Level, str, str]:
+    """Responses end by themselves, and prompt and response fit the model's positions."""
+    settings, batch = subject.settings, subject.batch
+    positions = getattr(subject.policy.model.config, "max_position_embeddings", None)
+    longest = max(map(len, subject.prompts.ids)) + settings.max_new_tokens
+    if positions is not None and longest > positions:
+        return (
+            "fail",
+            f"the longest prompt and response have {longest} tokens, the model {positions} positions",
+            f"--prompt-tokens {max(1, positions - settings.max_new_tokens)}, or a smaller --max-new-tokens",
+        )
+    share = float(batch["truncated"].float().mean())
+    lengths = batch["response_mask"].sum(1).tolist()
+    found = f"{share:.0%} of {len(lengths)} responses reach {settings.max_new_tokens} tokens without ending"
+    if share > MANY_TRUNCATED:
+        fix = "a larger --max-new-tokens; a policy that never ends needs SFT on text with its end token"
+        return "fail" if share == 1 else "warn", found, fix
+    return "pass", f"{found}; {min(lengths)} to {max(lengths)} tokens", ""
+
+
+@torch.no_grad()
+def dropout(subject: Subject) -> tuple[Level, str, str]:
+    """Two passes in train mode agree to the bit."""
+    rows = _inputs(subject.batch[:2])
+    differing = []
+    for name, module, key in (
+        ("policy", subject.policy, "log_probs"),
+        ("critic", subject.critic, "values"),
+    ):
+        was_training = module.model.training
+        module.model.train()
+        one, two = (module(rows.clone())[key] for _ in range(2))
+        module.model.train(was_training)
+        if not torch.equal(one, two):
+            differing.append(name)
+    if differing:
+        return (
+            "fail",
+            f"two passes of the {' and the '.join(differing)} differ in train mode",
+            "switch off what draws random numbers in forward: dropout layers are off already",
+        )
+    return "pass", "off: two passes in train mode agree to the bit", ""
+
+
+@torch.no_grad()
+def ratio(subject: Subject) -> tuple[Level, str, str]:
+    """π of the sampling loop (with its cache) is π of the training pass."""
+    scored = subject.policy(subject.batch.clone())
+    drift = check_first_ratio(scored)
+    tokens = int(scored["response_mask"].sum())
+    return "pass", f"1: log-probs of {tokens} tokens agree within {drift:.1e} nats when rescored", ""
+
+
+@torch.no_grad()
+def padding(subject: Subject) -> tuple[Level, str, str]:
+    """Padding on either side, with any id in it, changes no log-prob, value or score."""
+    rows = _inputs(subject.batch[:4])
+    wide = _padded(rows, left=5, right=3, fill=int(rows["prompt_ids"][0, -1]))
+    width, worst = rows["response_mask"].shape[1], 0.0
+    for key, module in (
+        ("log_probs", subject.policy),
+        ("values", subject.critic),
+        ("score", subject.reward),
+    ):
+        one, two = (module(each.clone())[key] for each in (rows, wide))
+        difference = float((one - two[:, :width] if two.ndim == 2 else one - two).abs().max())
+        worst = max(worst, difference)
+        if not difference <= TOLERANCE:
+            return (
+                "fail",
+                f"{key} differ by {difference:.2g} when 5 slots are padded on the left and 3 on the right",
+                f"{type(module.model).__name__} has to use attention_mask and position_ids as they are given",
+            )
+    return "pass", f"changes log-probs, values and scores by at most {worst:.1e}", ""
+
+
+@torch.no_grad()
+def reward_head(subject: Subject) -> tuple[Level, str, str]:
+    """The head is a trained one and tells responses apart."""
+    fix = "train a reward model: recipes/reward_model.py --base ... --pairs ..."
+    if not bool(subject.reward.model.score.weight.any()):
+        return "fail", "the checkpoint holds no trained head (all its weights are 0): it ranks nothing", fix
+    score = subject.reward(_inputs(subject.batch))["score"]
+    if not bool(score.isfinite().all()):
+        return "fail", f"scores are not finite: {score.tolist()}", fix
+    if len(score) > 1 and float(score.max() - score.min()) <= TOLERANCE * float(score.abs().max()):
+        return "fail", f"all {len(score)} responses score {score[0]:.4g}", fix
+    mean, std = float(score.mean()), float(score.std())
+    return "pass", f"scores {len(score)} responses {mean:.3g} ± {std:.2g}", ""
+
+
+def _inputs(batch: TensorDictBase) -> TensorDictBase:
+    return batch.select("prompt_ids", "prompt_mask", "response_ids", "response_mask")
+
+
+def _padded(rows: TensorDictBase, *, left: int, right: int, fill: int) -> TensorDict:
+    def pad(key: str, before: int, after: int, value: int) -> Tensor:
+        return torch.nn.functional.pad(rows[key], (before, after), value=value)
+
+    return TensorDict(
+        {
+            "prompt_ids": pad("prompt_ids", left, 0, fill),
+            "prompt_mask": pad("prompt_mask", left, 0, False),
+            "response_ids": pad("response_ids", 0, right, fill),
+            "response_mask": pad("response_mask", 0, right, False),
+        },
+        rows.batch_size,
+    )
