@@ -20,6 +20,7 @@ from reward_model import sandbox_models
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictSequential
 
+from ppo_kit.engine.optimizer import step_together
 from ppo_kit.modules import (
     GAE,
     ClippedSurrogate,
@@ -35,7 +36,7 @@ from ppo_kit.modules import (
     total_loss,
 )
 from ppo_kit.monitor import Averages, Stopwatch, check_first_ratio, rollout_metrics
-from ppo_kit.run import PPOSettings, Run, Stateful
+from ppo_kit.run import PPOSettings, Run, Stateful, check_finite
 from ppo_kit.task import load_task
 
 
@@ -80,7 +81,7 @@ def main(cfg: PPOMax) -> int:
 
     @torch.no_grad()
     def experience(batch: TensorDictBase) -> TensorDictBase:
-        task.scorers(batch)  # ref_log_probs, old_values, score
+        check_finite(task.scorers(batch))  # ref_log_probs, old_values, score
         score_norm.update(batch)
         return shape(batch)  # shaped_score, rewards, kl, advantages, returns
 
@@ -92,37 +93,40 @@ def main(cfg: PPOMax) -> int:
         before = task.evaluate()
         if not run.restore(state):
             for step in range(1 - cfg.critic_pretrain_steps, 1):
-                for minibatch in cut(experience(task.rollout(step))):
-                    for piece in micro_batches(minibatch, cfg.micro_batch_size):
-                        total_loss(value_loss(critic(piece))).backward()
-                    critic_opt.step()
+                with run.guard(step, critic_opt):
+                    for minibatch in cut(experience(task.rollout(step))):
+                        for piece in micro_batches(minibatch, cfg.micro_batch_size):
+                            total_loss(value_loss(critic(piece))).backward()
+                        step_together(minibatch, critic_opt)
 
         for step in run.steps():
-            watch, averages = Stopwatch(), Averages()
-            with watch("rollout"):
-                batch = task.rollout(step)
-            with watch("score"):
-                experience(batch)
-            with watch("train"):
-                for index, minibatch in enumerate(cut(batch)):
-                    for piece in micro_batches(minibatch, cfg.micro_batch_size):
-                        critic(policy(piece))
-                        if index == 0:
-                            check_first_ratio(piece)
-                        out = losses(piece)
-                        total_loss(out).backward()
-                        averages.add_shares(out, piece)
-                    if cfg.ptx_coef and task.ptx:
-                        text = task.ptx.batch(policy_opt.steps, cfg.ptx_batch_size, cfg.seed)
-                        total_loss(ptx_loss(policy(text))).backward()
-                    averages.add({"grad_norm": policy_opt.step()}, weight=1)
-                    critic_opt.step()
-            run.log(step, {
-                **rollout_metrics(batch), **averages.means(), **watch.lap(batch),
-                "lr": policy_opt.lr, "critic_lr": critic_opt.lr, "kl_coef": float(kl_penalty.controller.coef),
-            })  # fmt: skip
-            kl_penalty.update(batch)
-            run.sample(step, task.samples(batch), scores=batch["score"].tolist())
+            with run.guard(step, policy_opt, critic_opt):
+                watch, averages = Stopwatch(), Averages()
+                with watch("rollout"):
+                    batch = task.rollout(step)
+                with watch("score"):
+                    experience(batch)
+                with watch("train"):
+                    for index, minibatch in enumerate(cut(batch)):
+                        for piece in micro_batches(minibatch, cfg.micro_batch_size):
+                            check_finite(critic(policy(piece)))
+                            if index == 0:
+                                check_first_ratio(piece)
+                            out = check_finite(losses(piece), of=piece)
+                            total_loss(out).backward()
+                            averages.add_shares(out, piece)
+                        if cfg.ptx_coef and task.ptx:
+                            text = task.ptx.batch(policy_opt.steps, cfg.ptx_batch_size, cfg.seed)
+                            total_loss(check_finite(ptx_loss(policy(text)), of=text)).backward()
+                        norms = step_together(minibatch, policy_opt, critic_opt)
+                        averages.add({"grad_norm": norms[0]}, weight=1)
+                run.log(step, {
+                    **rollout_metrics(batch), **averages.means(), **watch.lap(batch),
+                    "lr": policy_opt.lr, "critic_lr": critic_opt.lr,
+                    "kl_coef": float(kl_penalty.controller.coef),
+                })  # fmt: skip
+                kl_penalty.update(batch)
+                run.sample(step, task.samples(batch), scores=batch["score"].tolist())
             if run.checkpoint_due(step):
                 run.save(step, state)
         task.save_policy(run.folder / "policy")

@@ -19,6 +19,7 @@ from reward_model import sandbox_models
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictSequential
 
+from ppo_kit.engine.optimizer import step_together
 from ppo_kit.modules import (
     GAE,
     ClippedSurrogate,
@@ -30,7 +31,7 @@ from ppo_kit.modules import (
     total_loss,
 )
 from ppo_kit.monitor import Averages, Stopwatch, check_first_ratio, rollout_metrics
-from ppo_kit.run import PPOSettings, Run, Stateful
+from ppo_kit.run import PPOSettings, Run, Stateful, check_finite
 from ppo_kit.task import load_task
 
 
@@ -56,7 +57,7 @@ def main(cfg: VanillaPPO) -> int:
 
     @torch.no_grad()
     def experience(batch: TensorDictBase) -> TensorDictBase:
-        return shape(task.scorers(batch))
+        return shape(check_finite(task.scorers(batch)))
 
     def cut(batch: TensorDictBase) -> Iterator[TensorDictBase]:
         order = run.generator("minibatches")
@@ -66,27 +67,28 @@ def main(cfg: VanillaPPO) -> int:
         before = task.evaluate()
         run.restore(state)
         for step in run.steps():
-            watch, averages = Stopwatch(), Averages()
-            with watch("rollout"):
-                batch = task.rollout(step)
-            with watch("score"):
-                experience(batch)
-            with watch("train"):
-                for index, minibatch in enumerate(cut(batch)):
-                    for piece in micro_batches(minibatch, cfg.micro_batch_size):
-                        critic(policy(piece))
-                        if index == 0:
-                            check_first_ratio(piece)
-                        out = losses(piece)
-                        total_loss(out).backward()
-                        averages.add_shares(out, piece)
-                    averages.add({"grad_norm": policy_opt.step()}, weight=1)
-                    critic_opt.step()
-            run.log(step, {
-                **rollout_metrics(batch), **averages.means(), **watch.lap(batch),
-                "lr": policy_opt.lr, "critic_lr": critic_opt.lr, "kl_coef": 0.0,
-            })  # fmt: skip
-            run.sample(step, task.samples(batch), scores=batch["score"].tolist())
+            with run.guard(step, policy_opt, critic_opt):
+                watch, averages = Stopwatch(), Averages()
+                with watch("rollout"):
+                    batch = task.rollout(step)
+                with watch("score"):
+                    experience(batch)
+                with watch("train"):
+                    for index, minibatch in enumerate(cut(batch)):
+                        for piece in micro_batches(minibatch, cfg.micro_batch_size):
+                            check_finite(critic(policy(piece)))
+                            if index == 0:
+                                check_first_ratio(piece)
+                            out = check_finite(losses(piece), of=piece)
+                            total_loss(out).backward()
+                            averages.add_shares(out, piece)
+                        norms = step_together(minibatch, policy_opt, critic_opt)
+                        averages.add({"grad_norm": norms[0]}, weight=1)
+                run.log(step, {
+                    **rollout_metrics(batch), **averages.means(), **watch.lap(batch),
+                    "lr": policy_opt.lr, "critic_lr": critic_opt.lr, "kl_coef": 0.0,
+                })  # fmt: skip
+                run.sample(step, task.samples(batch), scores=batch["score"].tolist())
             if run.checkpoint_due(step):
                 run.save(step, state)
         task.save_policy(run.folder / "policy")

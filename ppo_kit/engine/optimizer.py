@@ -1,4 +1,4 @@
-"""One optimizer step: clip the global gradient norm, follow the schedule, refuse what is not finite."""
+"""An optimizer step: clip the global gradient norm, follow the schedule, refuse what is not finite."""
 
 from __future__ import annotations
 
@@ -7,9 +7,36 @@ import warnings
 from typing import Any, Literal
 
 import torch
+from tensordict import TensorDictBase
 from torch import nn
 
 Schedule = Literal["constant", "inverse_sqrt", "linear"]
+
+
+class NotFinite(FloatingPointError):
+    """A loss, gradient, reward or log-prob is not finite. ``batch``: what it belongs to, where known."""
+
+    def __init__(self, text: str, batch: TensorDictBase | None = None) -> None:
+        super().__init__(text)
+        self.batch = batch
+
+
+def step_together(batch: TensorDictBase, *optimizers: Optimizer) -> list[float]:
+    """``step`` of each optimizer, or of none: all gradients are looked at before the first weight moves.
+
+    Returns:
+        The norms of the gradients before clipping.
+
+    Raises:
+        NotFinite: a norm is not finite; it carries ``batch``, which the losses were computed from.
+    """
+    try:
+        norms = [optimizer.clip() for optimizer in optimizers]
+    except NotFinite as error:
+        raise NotFinite(str(error), batch) from None
+    for optimizer, norm in zip(optimizers, norms, strict=True):
+        optimizer.move(norm)
+    return norms
 
 
 class Optimizer:
@@ -83,26 +110,39 @@ class Optimizer:
         """Clip, step, clear the gradients; returns the gradient's global norm before clipping.
 
         Raises:
-            FloatingPointError: the norm is not finite. The weights are untouched.
+            NotFinite: the norm is not finite. The weights are untouched.
         """
+        norm = self.clip()
+        self.move(norm)
+        return norm
+
+    def clip(self) -> float:
+        """The first half of ``step``: clip; returns the norm before. Raises as ``step``."""
         limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
         if not math.isfinite(norm):
-            raise FloatingPointError(
+            raise NotFinite(
                 f"{self.name}: gradient norm is {norm}; the step was not taken and the weights are untouched"
             )
+        return norm
+
+    def move(self, norm: float) -> None:
+        """The other half: step along clipped gradients of that norm, and clear them."""
         before = [p.detach().clone() for p in self.parameters] if self.steps == 0 else None
         self.adamw.step()
         self.schedule.step()
-        self.adamw.zero_grad(set_to_none=True)
+        self.clear()
         if before and all(torch.equal(old, new) for old, new in zip(before, self.parameters, strict=True)):
             warnings.warn(
                 f"{self.name}: the first optimizer step changed no parameter (lr {self.lr:g}, "
                 f"{self.parameters[0].dtype}, gradient norm {norm:g}); bfloat16 weights round small steps "
                 "away, float32 master weights do not",
-                stacklevel=2,
+                stacklevel=3,
             )
-        return norm
+
+    def clear(self) -> None:
+        """Throw the gradients away."""
+        self.adamw.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
         return {"adamw": self.adamw.state_dict(), "schedule": self.schedule.state_dict()}

@@ -34,7 +34,9 @@ class Settings(Protocol):
     def checkpoint_every(self) -> int: ...
 
 
-MAY_CHANGE = frozenset({"out", "resume", "steps", "threads", "checkpoint_every", "fresh"})
+MAY_CHANGE = frozenset(
+    {"out", "resume", "steps", "threads", "checkpoint_every", "fresh", "skip_faults", "keep"}
+)
 """Settings that may differ between a run and its resumption."""
 
 

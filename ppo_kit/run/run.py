@@ -7,6 +7,7 @@ import signal
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ from ppo_kit.monitor.dashboard import draw_dashboard
 from ppo_kit.monitor.history import read_json
 from ppo_kit.monitor.metrics import METRICS
 from ppo_kit.run import checkpoint
+from ppo_kit.run.faults import Clearable, Faults
 from ppo_kit.run.folder import Settings, describe, new_folder, resumed_folder
 from ppo_kit.run.progress import Progress, before_and_after, files_written
 from ppo_kit.run.records import JsonLines, write_json
@@ -83,6 +85,12 @@ class Run:
         self._metrics = JsonLines(self.folder / "metrics.jsonl")
         self._samples = JsonLines(self.folder / "samples.jsonl")
         self._progress = Progress(settings.steps)
+        self._faults = Faults(
+            self.folder / "faults",
+            allowed=getattr(settings, "skip_faults", 0),
+            settings=settings,
+            note=self._progress.note,
+        )
         self._signals = StopOnSignal(self._say_stopping)
         self._generators: dict[str, torch.Generator] = {}
         self._restored: dict[str, Any] | None = None
@@ -151,6 +159,14 @@ class Run:
                 break
         self._progress.stop()
 
+    def guard(self, step: int, *optimizers: Clearable) -> AbstractContextManager[None]:
+        """Around the body of a step: one that is not finite is skipped, or ends the run (``Faults.guard``).
+
+        ``settings.skip_faults`` is the number of steps that may be skipped, 0 without such a setting. A
+        skipped step has no row in metrics.jsonl.
+        """
+        return self._faults.guard(step, *optimizers)
+
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append the metrics of ``step`` to metrics.jsonl, in the order of ``METRICS``, and show progress.
 
@@ -203,6 +219,7 @@ class Run:
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
             "generators": {name: each.get_state() for name, each in self._generators.items()},
             "seconds": self._seconds(),
+            "faults": self._faults.count,
         }
         checkpoint.save_checkpoint(
             self.folder / "checkpoints", step, {"state": dict(state), "run": own}, keep=self.keep
@@ -221,6 +238,7 @@ class Run:
         step, content = loaded
         self._restored = content["run"]
         self._seconds_before = content["run"]["seconds"]
+        self._faults.count = content["run"]["faults"]
         self._last = self._logged = step
         for file in (self._metrics, self._samples):
             file.keep_until(step)

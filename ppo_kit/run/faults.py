@@ -1,0 +1,157 @@
+"""What is not finite stops a step before it touches the weights, and is written to a file to look at."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+
+from ppo_kit.batch import SCHEMA
+from ppo_kit.engine.optimizer import NotFinite
+from ppo_kit.run.records import plain
+
+
+class Clearable(Protocol):
+    """An optimizer whose gradients can be thrown away."""
+
+    def clear(self) -> None: ...
+
+
+def check_finite(batch: TensorDictBase, *, of: TensorDictBase | None = None) -> TensorDictBase:
+    """Return ``batch`` unchanged; looked at are its schema keys, where ``response_mask`` is True, and losses.
+
+    Args:
+        batch: a batch, or what a loss returned.
+        of: the batch that a loss was computed from; it is what ``NotFinite`` carries.
+
+    Raises:
+        NotFinite: with key, row and token of the first value that is not finite.
+
+    >>> mask = torch.tensor([[True, False]])
+    >>> rewards = torch.tensor([[float("nan"), 0.0]])
+    >>> _ = check_finite(TensorDict({"rewards": rewards.flip(1), "response_mask": mask}, [1]))
+    >>> check_finite(TensorDict({"rewards": rewards, "response_mask": mask}, [1]))
+    Traceback (most recent call last):
+    ...
+    ppo_kit.engine.optimizer.NotFinite: rewards is nan at row 0, token 0 (1 of 1 values are not finite)
+    """
+    for key, bad, valid in _watched(batch):
+        if bad.any():
+            raise NotFinite(_describe(key, batch[key], bad, valid), of if of is not None else batch)
+    return batch
+
+
+class Faults:
+    """Counts the steps of a run that were stopped, and decides whether the run goes on.
+
+    Args:
+        folder: where batches are written, as ``step-000012.safetensors``.
+        allowed: steps that may be skipped; one more ends the run.
+        settings: the run's, written into each file.
+        note: says one line to the user.
+    """
+
+    def __init__(self, folder: Path, *, allowed: int, settings: object, note: Callable[[str], None]) -> None:
+        if allowed < 0:
+            raise ValueError(f"skip_faults: got {allowed}, needs at least 0")
+        self.folder, self.allowed, self.settings, self.note = folder, allowed, settings, note
+        self.count = 0
+
+    @contextmanager
+    def guard(self, step: int, *optimizers: Clearable) -> Iterator[None]:
+        """Around the body of a step: ``NotFinite`` leaves it, with the gradients of ``optimizers`` cleared.
+
+        Raises:
+            NotFinite: more steps were stopped than may be skipped; the text says where the batch is.
+        """
+        try:
+            yield
+        except NotFinite as error:
+            for optimizer in optimizers:
+                optimizer.clear()
+            self.count += 1
+            place = "no batch was at hand"
+            if error.batch is not None:
+                file = write_fault(self.folder, step, error, self.settings)
+                place = f"look at the batch with: python -m ppo_kit.run replay {file}"
+            if self.count > self.allowed:
+                raise NotFinite(
+                    f"step {step}: {error}. Stopped before it touched a weight; {place}. "
+                    f"--skip-faults N leaves out up to N such steps (now {self.allowed})",
+                    error.batch,
+                ) from error
+            self.note(f"step {step}: {error}; skipped ({self.count} of up to {self.allowed}); {place}")
+
+
+def write_fault(folder: Path, step: int, error: NotFinite, settings: object) -> Path:
+    """Write the batch of ``error`` as safetensors, with step, error and settings in its metadata."""
+    assert error.batch is not None
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"step-{step:06d}.safetensors"
+    tensors = {
+        str(key): value.detach().cpu().contiguous().clone()
+        for key, value in error.batch.items()
+        if isinstance(value, Tensor)
+    }
+    temporary = file.with_name(f".{file.name}.tmp")
+    metadata = {"step": str(step), "error": str(error), "settings": json.dumps(plain(settings))}
+    save_file(tensors, temporary, metadata=metadata)
+    os.replace(temporary, file)
+    return file
+
+
+def read_fault(file: Path) -> tuple[TensorDict, dict[str, Any]]:
+    """(batch, {"step", "error", "settings"}) of a file that ``write_fault`` wrote.
+
+    Raises:
+        ValueError: the file is damaged or no such file; OSError where there is none.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            found = opened.metadata() or {}
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        settings = json.loads(found["settings"])
+        step = int(found["step"])
+        error = found["error"]
+        batch = TensorDict(tensors, [tensors["response_mask"].shape[0]])
+    except (SafetensorError, KeyError, ValueError, IndexError, RuntimeError) as problem:
+        raise ValueError(f"{file}: not a batch that a run wrote ({problem})") from None
+    return batch, {"step": step, "error": error, "settings": settings}
+
+
+def survey(batch: TensorDictBase) -> Iterator[tuple[str, int, str]]:
+    """(key, values that are not finite, what it holds) of each floating key that ``check_finite`` watches."""
+    for key, bad, valid in _watched(batch):
+        count = int(bad.sum())
+        good = batch[key][valid & ~bad]
+        span = f"{float(good.min()):.4g} to {float(good.max()):.4g}" if good.numel() else "nothing finite"
+        yield key, count, _describe(key, batch[key], bad, valid) if count else span
+
+
+def _watched(batch: TensorDictBase) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(key, which values are bad, which are valid)."""
+    mask = batch.get("response_mask", None)
+    for key, value in batch.items():
+        name = str(key)
+        if (name in SCHEMA or name.startswith("loss_")) and value.is_floating_point():
+            masked = mask is not None and value.shape == mask.shape
+            valid = mask if masked else torch.ones_like(value, dtype=torch.bool)
+            yield name, ~value.detach().isfinite() & valid, valid
+
+
+def _describe(key: str, value: Tensor, bad: Tensor, valid: Tensor) -> str:
+    place = bad.nonzero()[0].tolist()
+    where = ", ".join(f"{axis} {index}" for axis, index in zip(("row", "token"), place, strict=False))
+    of = f"({int(bad.sum())} of {int(valid.sum())} values are not finite)" if place else ""
+    return " ".join(filter(None, [f"{key} is {value[tuple(place)].item()}", where and f"at {where}", of]))
