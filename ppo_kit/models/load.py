@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -17,6 +19,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from ppo_kit.data import end_of_turn_id
 from ppo_kit.models.cache import cached
 
 
@@ -70,10 +73,39 @@ def load_scalar_model(name: str, *, dtype: torch.dtype = torch.float32) -> PreTr
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write both to ``folder`` as plain transformers loads them."""
+    """Write both to ``folder`` as plain transformers loads them.
+
+    Transformers' sequence classifiers read the last token that is not the pad token. Where that is the token
+    that ends an answer, a reward model is saved with another special token for padding (and a warning where
+    there is none), so that it scores there as ``RewardModel`` does here.
+    """
+    if isinstance(getattr(model, "score", None), torch.nn.Linear):
+        tokenizer = _with_own_pad(tokenizer)
+        model.config.pad_token_id = tokenizer.pad_token_id
     with _quiet(str(folder.parent)):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+
+
+def _with_own_pad(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A tokenizer whose pad token ends no answer: this one, or a copy with another special token for it."""
+    ends = {tokenizer.eos_token_id}
+    if tokenizer.chat_template is not None:
+        ends.add(end_of_turn_id(tokenizer))
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in ends:
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    special = [tokenizer.unk_token_id, tokenizer.bos_token_id, *tokenizer.all_special_ids]
+    free = [index for index in special if index is not None and index not in ends]
+    if free:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(free[0])
+    else:
+        warnings.warn(
+            "the tokenizer has no special token but the one that ends an answer: transformers' classifiers, "
+            "unlike RewardModel, will read the token before it",
+            stacklevel=3,
+        )
+    return tokenizer
 
 
 @contextmanager

@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from ppo_kit.data import Encoder, end_of_turn_id, pad_prompts
 from ppo_kit.models import (
@@ -16,6 +21,7 @@ from ppo_kit.models import (
     load_causal_lm,
     load_scalar_model,
     load_tokenizer,
+    save_model,
 )
 from ppo_kit.rollout import Sampling, rollout
 
@@ -123,3 +129,28 @@ def test_what_a_tokenizer_cannot_do_without_is_said(tmp_path):
     for use in (end_of_turn_id, lambda t: Encoder(t, max_tokens=9)):
         with pytest.raises(ValueError, match=r"no chat template.* set tokenizer.chat_template"):
             use(bare)
+
+
+@pytest.mark.parametrize(
+    "special", [{"unk_token": "a"}, {"additional_special_tokens": ["b"]}, {"pad_token": "<pad>"}]
+)
+def test_a_saved_reward_model_scores_the_same_in_plain_transformers(
+    tmp_path, tiny_model, make_batch, special
+):
+    """With pad == eos, their classifiers read the token before the end-of-sequence token (pitfall 9)."""
+    model, tokenizer = tiny_model("llama", scalar=True), words(tmp_path / "t", eos_token="</s>", **special)
+    batch = RewardModel(model)(make_batch([[3], [2, 4]], [[4, 1], [4, 4, 1]]))
+    save_model(model, tokenizer, tmp_path / "reward")
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward")
+    padded = AutoTokenizer.from_pretrained(tmp_path / "reward").pad(
+        {"input_ids": [[3, 4, 1], [2, 4, 4, 4, 1]]}, return_tensors="pt"
+    )
+    torch.testing.assert_close(theirs(**padded).logits.squeeze(-1), batch["score"], atol=1e-4, rtol=1e-4)
+    assert tokenizer.pad_token == special.get("pad_token", "</s>")  # the caller's is left alone
+
+
+def test_a_reward_model_without_a_free_special_token_is_warned_of(tmp_path, tiny_model):
+    with pytest.warns(UserWarning, match="no special token but the one that ends an answer"):
+        save_model(
+            tiny_model("llama", scalar=True), words(tmp_path / "t", eos_token="</s>"), tmp_path / "reward"
+        )
