@@ -7,6 +7,7 @@ slots must still be real ids (the pad id is one).
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -118,7 +119,7 @@ def _linear_chunks(
         log_probs = token_log_probs(logits, ids)
         return (log_probs, token_entropy(logits)) if entropy else (log_probs,)
 
-    tokens = hidden.reshape(-1, hidden.shape[-1])
+    tokens = rearrange(hidden, "... h -> (...) h")
     pieces = [
         checkpoint(one_chunk, h, weight, i, use_reentrant=False, preserve_rng_state=False)
         for h, i in zip(tokens.split(chunk_size), ids.flatten().split(chunk_size), strict=True)
