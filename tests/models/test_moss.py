@@ -8,10 +8,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tensordict import TensorDict
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
+from ppo_kit.data import load_dialogues, load_prompts
 from ppo_kit.models import RewardModel, moss
-from ppo_kit.models.moss import CHECK_SUMS, main, recover
+from ppo_kit.models.moss import CHAT_TEMPLATES, CHECK_SUMS, main, recover
 from ppo_kit.sandbox.tokenizer import sandbox_tokenizer
 
 
@@ -212,3 +219,34 @@ def test_a_bin_file_runs_nothing(release, tmp_path):
     with pytest.raises(ValueError, match="holds more than tensors"):
         recover(base, diff, tmp_path / "out", kind="sft")
     assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize(
+    ("language", "human", "assistant", "turns"),
+    [
+        ("en", "Human:", "Assistant:", ["Hi", "Hello", "Bye"]),
+        ("zh", "<|Human|>", "<|MOSS|>", ["你好", "您好", "再见"]),
+    ],
+)
+def test_their_json_reads_through_their_template(tmp_path, language, human, assistant, turns):
+    special = ["<s>", "</s>", "<unk>"]
+    letters = sorted(set("".join([human, assistant, *turns])))
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*special, *letters])}, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    theirs = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        chat_template=CHAT_TEMPLATES[language],
+    )
+    file = tmp_path / "train.json"
+    file.write_text(json.dumps([turns, turns[:2]]))
+    prompts = load_prompts(file, theirs, max_tokens=99)
+    expected = f"<s>{human}{turns[0]}</s>{assistant}{turns[1]}</s>{human}{turns[2]}</s>{assistant}"
+    assert theirs.decode(prompts[0]) == expected
+    assert theirs.decode(prompts[1]) == f"<s>{human}{turns[0]}</s>{assistant}"
+    assert "MOSS lists of even length" in str(prompts.report)
+    answered = load_dialogues(tmp_path / "train.json", theirs, max_tokens=99, on_bad_row="skip")
+    assert theirs.decode(answered[0].answer_ids) == f"{turns[1]}</s>"
