@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache
 
+from ppo_kit.models.live_bytes import LiveBytes
 from ppo_kit.models.load import freeze_below, model_source
 from ppo_kit.models.lora import LoRA
 from ppo_kit.models.policy import autocast, disable_dropout
@@ -108,38 +105,6 @@ def estimate_memory(
     if not torch.cuda.is_available():
         items["program"] = (program, "")
     return MemoryEstimate(items, _available(program))
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages alive that were made under it, and their peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._seen: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        tree_map_only(Tensor, self.note, out)
-        return out
-
-    def extra(self, play: Callable[[], None]) -> int:
-        """Bytes at the peak of ``play`` beyond those alive before it."""
-        before = self.peak = self.live
-        play()
-        return self.peak - before
-
-    def note(self, tensor: Tensor) -> None:
-        """Count the tensor's storage, once."""
-        storage = tensor.untyped_storage()
-        if storage not in self._seen:
-            size = self._seen[storage] = storage.nbytes()
-            self.live += size
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._free, size)
-
-    def _free(self, size: int) -> None:
-        self.live -= size
 
 
 class _Cast:

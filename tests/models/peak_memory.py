@@ -25,8 +25,9 @@ from ppo_kit.models import (
     load_causal_lm,
     load_scalar_model,
 )
+from ppo_kit.models.live_bytes import LiveBytes
 from ppo_kit.models.lora import LoRA
-from ppo_kit.models.memory import LiveBytes, Workload, estimate_memory
+from ppo_kit.models.memory import Workload, estimate_memory
 from ppo_kit.modules import (
     GAE,
     ClippedSurrogate,
