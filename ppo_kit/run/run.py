@@ -32,6 +32,9 @@ class Stateful(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
 
 
+_OWN = {"torch", "cuda", "generators", "seconds", "faults"}
+
+
 class Run:
     """One training run and its folder.
 
@@ -54,7 +57,7 @@ class Run:
     (``checkpoint_every`` 0: only at the end). The folder is ``settings.out`` or the first free one of
     ``runs/<name>-seed<seed>``, ``…-2``, …; a folder that holds a run is continued with ``resume`` and refused
     without. ``may_change`` names settings that a resumed run may set otherwise, beside steps, threads and the
-    like. ``keep`` is the number of checkpoints kept.
+    like. ``keep`` is the number of checkpoints kept; a setting ``keep`` comes first.
 
     Constructing a run seeds torch's global generator with ``settings.seed`` and sets the number of threads.
 
@@ -71,7 +74,7 @@ class Run:
                 f"threads={settings.threads}; needs steps and checkpoint_every >= 0, threads >= 1"
             )
         self.settings = settings
-        self.keep = keep
+        self.keep = getattr(settings, "keep", keep)
         config = describe(settings, name)
         if settings.resume:
             self.folder = resumed_folder(settings, name, Path("runs"), may_change=may_change)
@@ -236,6 +239,8 @@ class Run:
         loaded = checkpoint.load_checkpoint(self.folder / "checkpoints")
         assert loaded is not None, "resumed_folder found a checkpoint"
         step, content = loaded
+        if content.keys() != {"state", "run"} or not content["run"].keys() >= _OWN:
+            raise checkpoint.CheckpointError(f"{self.folder}: the checkpoint of step {step} is not a run's")
         self._restored = content["run"]
         self._seconds_before = content["run"]["seconds"]
         self._faults.count = content["run"]["faults"]
@@ -251,16 +256,12 @@ class Run:
     def restore(self, parts: Mapping[str, Stateful]) -> bool:
         """Load what ``save`` saved into ``parts``; False when the run does not resume.
 
-        Raises ``ValueError`` when the checkpoint holds other parts.
+        Raises ``CheckpointError``, a ``ValueError``, when the checkpoint holds other parts, or they differ.
         """
         loaded = self.load_checkpoint()
         if loaded is None:
             return False
-        state = loaded[1]
-        if state.keys() != parts.keys():
-            raise ValueError(f"parts: got {sorted(parts)}, the checkpoint holds {sorted(state)}")
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
+        checkpoint.restore_parts(parts, loaded[1])
         return True
 
     def _restore_randomness(self, own: Mapping[str, Any]) -> None:

@@ -1,13 +1,19 @@
-"""A checkpoint is whole or not there."""
+"""A checkpoint is whole or not there, and one that is damaged or of another run is refused."""
 
+import dataclasses
 import os
-import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from ppo_kit.run.checkpoint import load_checkpoint, save_checkpoint
+from ppo_kit.engine import Optimizer
+from ppo_kit.run import Run
+from ppo_kit.run.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 
 
 def names(folder):
@@ -84,8 +90,119 @@ def test_a_step_is_saved_once(tmp_path):
         save_checkpoint(tmp_path, 2, {}, keep=0)
 
 
+class Harm:
+    def __reduce__(self):
+        return Path.touch, (Path("harm"),)
+
+
 def test_a_pickle_is_not_loaded(tmp_path):
     save_checkpoint(tmp_path, 1, {}, keep=1)
-    torch.save({"f": os.system}, tmp_path / "step-000001/state.pt")
-    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+    torch.save({"state": Harm()}, tmp_path / "step-000001/state.pt")
+    with pytest.raises(CheckpointError, match="Weights only load failed"):
         load_checkpoint(tmp_path)
+    assert not Path("harm").exists()
+    torch.load(tmp_path / "step-000001/state.pt", weights_only=False)
+    assert Path("harm").exists()  # it would have
+
+
+def damage(file: Path, how: str) -> None:
+    data = bytearray(file.read_bytes())
+    if how == "a bit of a weight":
+        at = data.index(torch.full((500,), 1.5).numpy().tobytes())
+        data[at + 1000] ^= 1
+    elif how == "cut short":
+        data = data[: len(data) // 2]
+    elif how == "empty":
+        data = bytearray()
+    elif how == "a list":
+        torch.save([1], file)
+        return
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("how", ["a bit of a weight", "cut short", "empty", "a list"])
+def test_a_damaged_checkpoint_is_refused_and_the_one_beside_it_named(tmp_path, how):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, {"weight": torch.full((500,), 1.5)}, keep=2)
+    damage(tmp_path / "step-000002/state.pt", how)
+    with pytest.raises(
+        CheckpointError, match=r"step-000002/state\.pt is no checkpoint.*; to go on from step-000001, write"
+    ):
+        load_checkpoint(tmp_path)
+    (tmp_path / "latest").write_text("step-000001\n")
+    assert load_checkpoint(tmp_path)[0] == 1
+
+
+@pytest.mark.parametrize("name", ["../elsewhere/step-000001", "/etc", "", "step-1", "step-000001/..", "\0"])
+def test_latest_cannot_point_out_of_its_folder(tmp_path, name):
+    save_checkpoint(tmp_path / "elsewhere", 1, {}, keep=1)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c/latest").write_text(name)
+    with pytest.raises(CheckpointError, match="needs the name of a folder beside it"):
+        load_checkpoint(tmp_path / "c")
+
+
+def test_a_foreign_checkpoint_is_refused_with_what_differs(toy):
+    def parts(width):
+        policy = torch.nn.Linear(width, 2)
+        return {"policy": policy, "policy_opt": Optimizer(policy, lr=0.1, steps=3)}
+
+    settings = toy.ToySettings(out=Path("a"))
+    run = Run(settings, name="toy")
+    run.save(1, parts(2))
+    resumed = dataclasses.replace(settings, resume=True)
+    with pytest.raises(CheckpointError, match=r"(?s)policy: .*size mismatch for weight.*\[2, 2\].*\[2, 3\]"):
+        Run(resumed, name="toy").restore(parts(3))
+    other = {**parts(2), "policy_opt": Optimizer(torch.nn.LSTM(2, 2), lr=0.1, steps=3)}
+    with pytest.raises(CheckpointError, match=r"policy_opt: .*size of optimizer's group"):
+        Run(resumed, name="toy").restore(other)
+    shutil.rmtree("a/checkpoints")
+    save_checkpoint(Path("a/checkpoints"), 1, {"weights": {}}, keep=1)
+    with pytest.raises(CheckpointError, match="step 1 is not a run's"):
+        Run(resumed, name="toy").restore(parts(2))
+
+
+def test_keep_is_a_setting_where_there_is_one(toy):
+    @dataclasses.dataclass(frozen=True)
+    class Settings(toy.ToySettings):
+        keep: int = 3
+
+    run = toy.train(Settings(out=Path("a"), checkpoint_every=1))
+    assert names(run.folder / "checkpoints") == ["latest", "step-000004", "step-000005", "step-000006"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """1 MiB of tmpfs."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if not sys.platform.startswith("linux") or os.geteuid() != 0:
+        pytest.skip("mounting a small disk needs root on Linux")
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("this machine does not let root mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(small_disk):
+    folder = small_disk / "checkpoints"
+    save_checkpoint(folder, 1, {"x": torch.zeros(100_000)}, keep=1)
+    with pytest.raises(OSError, match=r"step 2 was not written.*; step-000001 is whole; .*--resume"):
+        save_checkpoint(folder, 2, {"x": torch.ones(200_000)}, keep=1)
+    assert names(folder) == ["latest", "step-000001"]
+    assert load_checkpoint(folder)[0] == 1
+    save_checkpoint(folder, 2, {"x": torch.ones(100_000)}, keep=1)
+    assert load_checkpoint(folder)[0] == 2
+
+
+def test_a_full_disk_before_any_checkpoint(small_disk):
+    with pytest.raises(OSError, match="there is no earlier one"):
+        save_checkpoint(small_disk / "checkpoints", 1, {"x": torch.zeros(10**6)}, keep=1)
+
+
+def test_what_kills_left_behind_is_removed(tmp_path):
+    save_checkpoint(tmp_path, 1, {}, keep=1)
+    (tmp_path / ".step-000007.tmp").mkdir()
+    save_checkpoint(tmp_path, 2, {}, keep=1)
+    assert names(tmp_path) == ["latest", "step-000002"]
