@@ -52,14 +52,15 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], *, keep: 
         os.rename(temporary, final)
         sync_folder(folder)
         write_whole(folder / "latest", final.name + "\n")
-    except (OSError, RuntimeError) as error:  # torch.save says RuntimeError where a disk is full
-        last = _latest(folder)
+    except (OSError, RuntimeError) as error:  # torch.save says RuntimeError where a disk is full, and not why
+        last, free = _latest(folder), shutil.disk_usage(folder).free
         for written in (temporary, final):
             if written != last:
                 shutil.rmtree(written, ignore_errors=True)
         kept = f"{last.name} is whole; go on from it with --resume" if last else "there is no earlier one"
         raise OSError(
-            f"the checkpoint of step {step} was not written to {folder}: {error}; {kept}"
+            f"the checkpoint of step {step} was not written to {folder} ({free / 2**20:.0f} MiB free there): "
+            f"{error}; {kept}"
         ) from error
     older = sorted(path for path in folder.glob("step-*") if _step(path) < step)
     for path in older[: max(0, len(older) - (keep - 1))]:
