@@ -1,21 +1,21 @@
-"""Reward modelling from preference pairs: loss (1) of the report, −log σ(r(x, y_w) − r(x, y_l)).
+"""Reward modelling from preference pairs: loss (2) of the report (arXiv 2307.04964, section 3.1).
 
     python recipes/reward_model.py                                         # the sandbox's
-    python recipes/reward_model.py --base smollm2 --pairs FILE.jsonl.gz --train-layers 2 --threads 2
+    python recipes/reward_model.py --base smollm2 --pairs FILE.jsonl.gz --train-layers 4 --dtype bfloat16
 
-The head reads the last token of prompt and answer. The result is a one-label sequence classifier of
-transformers.
+L = −log σ(r(x, y_w) − r(x, y_l) − margin) − β_rm · mean_t log r'(y_w,t | x, y_w,<t): r is a linear head at
+the last token of prompt and answer, r' the language-model head on the same backbone. The result is a
+one-label sequence classifier of transformers, with its statistics beside it (docs/reward_modelling.md).
 """
 
 from __future__ import annotations
 
-import json
-import math
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -23,9 +23,8 @@ from sft import sandbox_policy
 from tensordict import TensorDictBase
 from transformers import PreTrainedTokenizerBase
 
-from ppo_kit.data import OnBadRow, Pairs, load_pairs, pair_batches
-from ppo_kit.engine import Optimizer
-from ppo_kit.functional import pairwise_loss
+from ppo_kit.data import OnBadRow, Pairs, collate_pairs, load_pairs, plan_pairs
+from ppo_kit.engine import Optimizer, Schedule
 from ppo_kit.models import (
     Policy,
     RewardModel,
@@ -37,7 +36,14 @@ from ppo_kit.models import (
     save_model,
     settings_key,
 )
+from ppo_kit.models.language_head import RewardWithLanguageHead, language_head
+from ppo_kit.models.lora import LoRA
+from ppo_kit.modules.preference import PairwiseLoss
+from ppo_kit.monitor.preference_picture import draw_preference_report
+from ppo_kit.monitor.preference_report import differences_of, hardest_pairs, share_right, summarize_pairs
 from ppo_kit.run import PPOSettings, RunSettings, new_folder
+from ppo_kit.run.folder import describe
+from ppo_kit.run.records import JsonLines, write_json
 from ppo_kit.sandbox import sandbox_pairs, sandbox_prompts
 
 
@@ -49,20 +55,38 @@ class RewardModelling(RunSettings):
     """Model whose backbone is tuned: sandbox (its SFT policy), smollm2, a folder or a Hub id."""
     pairs: Path | None = None
     """Preference pairs as .jsonl[.gz] (docs/data.md); needed unless the base is the sandbox's."""
+    held_out_pairs: Path | None = None
+    """Pairs of another file for the accuracy; if not given, the first of --pairs are kept for it."""
     on_bad_row: OnBadRow = "stop"
     """A bad row stops the run, naming file and line, or is skipped and counted."""
     max_tokens: int = 512
     """Longest prompt and answer together [tokens]. A longer pair is a bad row."""
     batch_size: int = 32
-    """Pairs an optimizer step (report: 4 to 128)."""
+    """Pairs an optimizer step."""
+    max_tokens_per_batch: int = 0
+    """Instead of --batch-size pairs, 4 to 128 pairs of like length that fit so many tokens, padding and both
+    answers included (report: batches balanced by tokens); 0 is off."""
     held_out: int = 300
-    """Pairs that are not trained on, for the accuracy."""
+    """Pairs that are not trained on, for the accuracy; of --held-out-pairs, at most so many."""
+    lm_coef: float = 0.0
+    """β_rm of the language-model loss on the preferred answer, Eq. 2 (report: 1)."""
+    margin: float = 0.0
+    """How far the preferred answer has to lead before its loss is log 2 [units of score]."""
     lr: float = 5e-4
     """Peak learning rate (report: 5e-6)."""
     warmup: float = 0.1
     """Share of the steps that the learning rate rises over (report: 0.1)."""
+    schedule: Schedule = "linear"
+    """Learning rate after the warm-up (released script of PPO: inverse_sqrt)."""
     train_layers: int = -1
     """Train only the top N layers and the head; -1 trains all."""
+    lora_rank: int = 0
+    """Train adapters of this rank and the head, merged when saved (needs peft); 0 is off."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the model computes in. Weights, gradients and the optimizer's states stay float32."""
+    eval_every: int = 50
+    """Steps between measurements of the held-out accuracy, each on the first 200 pairs at most; 0 measures it
+    at the end alone, on all of them."""
     size: int = 4000
     """Pairs drawn in the sandbox."""
     judge_temperature: float = 1.2
@@ -70,41 +94,68 @@ class RewardModelling(RunSettings):
 
 
 def train(cfg: RewardModelling, folder: Path) -> None:
-    """Train and save model, tokenizer and summary.json to ``folder``."""
+    """Train; save model, tokenizer, metrics, summary, hardest pairs and the picture to ``folder``."""
     torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
     base = str(sandbox_policy(cfg.seed, fresh=cfg.fresh)) if cfg.base == "sandbox" else cfg.base
     tokenizer = load_tokenizer(base)
     train_pairs, test_pairs = _pairs(cfg, base, tokenizer)
-    model = load_scalar_model(base)
-    model.config.pad_token_id = tokenizer.pad_token_id
-    freeze_below(model, cfg.train_layers)
+    reward, lora = _model(cfg, base, tokenizer)
 
-    reward = RewardModel(model)
+    loss = PairwiseLoss(lm_weight=cfg.lm_coef, margin=cfg.margin)
     optimizer = Optimizer(
-        reward, lr=cfg.lr, steps=cfg.steps, warmup=cfg.warmup, schedule="linear", weight_decay=0.01
+        reward, lr=cfg.lr, steps=cfg.steps, warmup=cfg.warmup, schedule=cfg.schedule, weight_decay=0.01
     )
-    started = time.perf_counter()
-    for step, batch in zip(range(1, cfg.steps + 1), _endless(train_pairs, cfg, tokenizer), strict=False):
-        chosen, rejected = reward(batch)["score"].chunk(2)
-        loss = pairwise_loss(chosen, rejected).mean()
-        loss.backward()
-        optimizer.step()
+    metrics, started = JsonLines(folder / "metrics.jsonl"), time.perf_counter()
+    batches = _endless(train_pairs, cfg, tokenizer)
+    for step in range(1, cfg.steps + 1):
+        began, batch, lr = time.perf_counter(), next(batches), optimizer.lr
+        out = loss(reward(batch))
+        out["loss_pairwise"].backward()
+        row = {
+            "step": step, "pairs": len(batch) // 2, "loss": out["loss_pairwise"].item(),
+            "accuracy": out["accuracy"].item(), "lr": lr, "grad_norm": optimizer.step(),
+            "seconds": time.perf_counter() - began,
+        }  # fmt: skip
+        if cfg.eval_every and step % cfg.eval_every == 0 and step < cfg.steps:
+            found = _score(reward, test_pairs[:200], cfg, tokenizer)
+            row["held_out_accuracy"] = share_right(differences_of(found, "score"))["accuracy"]
+        metrics.append(row)
         if step % max(1, cfg.steps // 5) == 0:
             print(
-                f"reward model step {step:4d} of {cfg.steps}  loss {loss.item():.3f}  "
+                f"reward model step {step:4d} of {cfg.steps}  loss {row['loss']:.3f}  "
                 f"{(time.perf_counter() - started) / step:.2f} s a step", flush=True
             )  # fmt: skip
-    summary = _evaluate(reward, test_pairs, cfg, tokenizer)
-    print(
-        f"reward model ranks {summary['accuracy']:.1%} ± {1.96 * summary['accuracy_standard_error']:.1%} of "
-        f"{summary['held_out_pairs']} held-out pairs right"
-    )
-    save_model(model, tokenizer, folder)
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    metrics.close()
+
+    if lora is None:
+        save_model(reward.model, tokenizer, folder)
+    else:
+        lora.model.score.weight.data.copy_(reward.model.score.weight)
+        lora.save_merged("reward", folder)
+        tokenizer.save_pretrained(folder)
+    _report(_score(reward, test_pairs, cfg, tokenizer), test_pairs, cfg, tokenizer, folder)
+
+
+def _model(
+    cfg: RewardModelling, base: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[RewardModel, LoRA | None]:
+    """The reward model, with a language-model head where loss (2) asks for one, and its adapters if any."""
+    if cfg.lora_rank and cfg.train_layers >= 0:
+        raise ValueError(f"--lora-rank {cfg.lora_rank} and --train-layers {cfg.train_layers}: choose one")
+    model = load_scalar_model(base)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    lora = LoRA(model, rank=cfg.lora_rank, seed=cfg.seed) if cfg.lora_rank else None
+    freeze_below(model, cfg.train_layers)
+    network: Any = lora.scalar("reward") if lora else model
+    dtype = getattr(torch, cfg.dtype)
+    if cfg.lm_coef:
+        return RewardWithLanguageHead(network, language_head(base, model), dtype=dtype), lora
+    return RewardModel(network, dtype=dtype), lora
 
 
 def _pairs(cfg: RewardModelling, base: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Pairs, Pairs]:
+    """(training, held-out)."""
     if cfg.base == "sandbox":
         policy = Policy(load_causal_lm(base))
         prompts = sandbox_prompts(tokenizer, seed=cfg.seed)
@@ -117,11 +168,26 @@ def _pairs(cfg: RewardModelling, base: str, tokenizer: PreTrainedTokenizerBase) 
         return draw[0], draw[1]
     if cfg.pairs is None:
         raise ValueError(f"--pairs: base {cfg.base} needs a file of preference pairs (docs/data.md)")
-    pairs = load_pairs(cfg.pairs, tokenizer, max_tokens=cfg.max_tokens, on_bad_row=cfg.on_bad_row)
-    print(f"{cfg.pairs}: {pairs.report}")
+    pairs = _read(cfg, cfg.pairs, tokenizer)
+    if cfg.held_out_pairs is not None:
+        return pairs, _read(cfg, cfg.held_out_pairs, tokenizer, limit=cfg.held_out)
     if len(pairs) <= cfg.held_out:
         raise ValueError(f"--held-out: got {cfg.held_out}, and the file has {len(pairs)} usable pairs in all")
     return pairs[cfg.held_out :], pairs[: cfg.held_out]
+
+
+def _read(
+    cfg: RewardModelling, path: Path, tokenizer: PreTrainedTokenizerBase, limit: int | None = None
+) -> Pairs:
+    pairs = load_pairs(path, tokenizer, max_tokens=cfg.max_tokens, on_bad_row=cfg.on_bad_row, limit=limit)
+    print(f"{path}: {pairs.report}")
+    return pairs
+
+
+def _plan(pairs: Pairs, cfg: RewardModelling, *, seed: int, epoch: int = 0) -> list[list[int]]:
+    if cfg.max_tokens_per_batch:
+        return plan_pairs(pairs, seed=seed, epoch=epoch, max_tokens_per_batch=cfg.max_tokens_per_batch)
+    return plan_pairs(pairs, seed=seed, epoch=epoch, pairs_per_batch=cfg.batch_size)
 
 
 def _endless(
@@ -129,29 +195,59 @@ def _endless(
 ) -> Iterator[TensorDictBase]:
     epoch = 0
     while True:
-        yield from pair_batches(
-            pairs, seed=cfg.seed, epoch=epoch, pairs_per_batch=cfg.batch_size, pad_id=tokenizer.pad_token_id
-        )
+        for rows in _plan(pairs, cfg, seed=cfg.seed, epoch=epoch):
+            yield collate_pairs([pairs[row] for row in rows], pad_id=tokenizer.pad_token_id)
         epoch += 1
 
 
 @torch.no_grad()
-def _evaluate(
+def _score(
     reward: RewardModel, pairs: Pairs, cfg: RewardModelling, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, float]:
-    """Share of pairs whose chosen answer scores higher (a tie is half right), with its standard error."""
-    right = torch.cat(
-        [
-            (torch.sign(chosen - rejected) + 1) / 2
-            for batch in pair_batches(
-                pairs, seed=0, pairs_per_batch=cfg.batch_size, pad_id=tokenizer.pad_token_id
-            )
-            for chosen, rejected in [reward(batch)["score"].chunk(2)]
+) -> list[dict[str, Any]]:
+    """Scores and lengths of each pair, in their order."""
+    ranker = RewardModel(reward.model, dtype=reward.dtype)
+    found: dict[int, dict[str, Any]] = {}
+    for rows in _plan(pairs, cfg, seed=0):
+        batch = collate_pairs([pairs[row] for row in rows], pad_id=tokenizer.pad_token_id)
+        for row, scores in zip(
+            rows, zip(*(x.tolist() for x in ranker(batch)["score"].chunk(2)), strict=True), strict=True
+        ):
+            found[row] = {
+                "chosen_score": scores[0],
+                "rejected_score": scores[1],
+                "chosen_tokens": len(pairs[row].chosen_ids),
+                "rejected_tokens": len(pairs[row].rejected_ids),
+            }
+    return [found[row] for row in range(len(pairs))]
+
+
+def _report(
+    found: list[dict[str, Any]],
+    pairs: Pairs,
+    cfg: RewardModelling,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+) -> None:
+    """Write what the held-out pairs say, and the picture."""
+    held_out, hardest = JsonLines(folder / "held_out.jsonl"), JsonLines(folder / "hardest_pairs.jsonl")
+    for row in found:
+        held_out.append(row)
+    for index in hardest_pairs(found):
+        pair = pairs[index]
+        texts = [
+            tokenizer.decode(ids, skip_special_tokens=True) for ids in (pair.chosen_ids, pair.rejected_ids)
         ]
+        hardest.append({"prompt": pair.messages, "chosen": texts[0], "rejected": texts[1], **found[index]})
+    summary = summarize_pairs(found)
+    write_json(folder / "summary.json", summary)
+    write_json(folder / "run.json", describe(cfg, "reward_model"))
+    draw_preference_report(folder)
+    low, high = summary["interval"]
+    print(
+        f"reward model ranks {summary['accuracy']:.1%} of {len(found)} held-out pairs right "
+        f"(95 % interval {low:.1%} to {high:.1%}); the longer answer wins in "
+        f"{summary['baselines']['longer_answer']['accuracy']:.1%}"
     )
-    accuracy = float(right.mean())
-    error = math.sqrt(accuracy * (1 - accuracy) / len(right))
-    return {"accuracy": accuracy, "accuracy_standard_error": error, "held_out_pairs": len(right)}
 
 
 def sandbox_models(cfg: PPOSettings) -> dict[str, str]:
