@@ -44,9 +44,11 @@ def check_finite(batch: TensorDictBase, *, of: TensorDictBase | None = None) -> 
     ...
     ppo_kit.engine.optimizer.NotFinite: rewards is nan at row 0, token 0 (1 of 1 values are not finite)
     """
-    for key, bad, valid in _watched(batch):
-        if bad.any():
-            raise NotFinite(_describe(key, batch[key], bad, valid), of if of is not None else batch)
+    watched = list(_watched(batch))
+    # One question to the device, not one a key.
+    if watched and bool(torch.stack([bad.any() for _, bad, _ in watched]).any()):
+        key, bad, valid = next(each for each in watched if each[1].any())
+        raise NotFinite(_describe(key, batch[key], bad, valid), of if of is not None else batch)
     return batch
 
 

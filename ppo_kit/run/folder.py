@@ -70,8 +70,8 @@ def new_folder(settings: Settings, name: str, root: Path) -> Path:
 def resumed_folder(settings: Settings, name: str, root: Path, *, may_change: Sequence[str] = ()) -> Path:
     """The folder that ``--resume`` continues: ``settings.out``, or the last default folder with a checkpoint.
 
-    Raises ``FileNotFoundError`` when there is no run or no checkpoint in it, and ``ValueError`` when a
-    setting outside ``MAY_CHANGE`` and ``may_change`` differs from the run's.
+    Raises ``FileNotFoundError`` when there is no run or no checkpoint in it, and ``ValueError`` when the
+    recipe, or a setting outside ``MAY_CHANGE`` and ``may_change``, differs from the run's.
     """
     if settings.out is not None:
         folder = Path(settings.out)
@@ -94,8 +94,14 @@ def resumed_folder(settings: Settings, name: str, root: Path, *, may_change: Seq
                 f"--resume: no run with a checkpoint in {root / first}, {first}-2, …; name one with --out"
             )
         folder = max(numbered)[1]
-    before, now = read_json(folder / "config.json").get("settings", {}), plain(settings)
-    differing = [
+    try:
+        config = read_json(folder / "config.json")
+        recipe, before = config["name"], dict(config["settings"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--resume: {folder / 'config.json'} is not a run's ({error!r})") from None
+    now = plain(settings)
+    differing = [f"the recipe was {recipe!r} and is {name!r}"] if recipe != name else []
+    differing += [
         f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
         if key not in MAY_CHANGE.union(may_change) and before.get(key) != now.get(key)

@@ -123,6 +123,17 @@ def test_resume_goes_on_with_more_steps_but_not_with_another_setting(toy):
     assert [row["step"] for row in rows(Path("a/metrics.jsonl"))] == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.parametrize("config", ["", "[1]", "{}", '{"name": "toy", "settings": 3}'])
+def test_a_folder_of_something_else_is_not_resumed(toy, config):
+    toy.train(toy.ToySettings(out=Path("a"), steps=2))
+    resumed = toy.ToySettings(out=Path("a"), resume=True)
+    with pytest.raises(ValueError, match="recipe was 'toy' and is 'other'"):
+        Run(resumed, name="other")
+    Path("a/config.json").write_text(config)
+    with pytest.raises(ValueError, match=r"a/config\.json is not a run's"):
+        Run(resumed, name="toy")
+
+
 def test_parts_are_saved_and_restored_by_name(toy):
     parts = {"policy": torch.nn.Linear(2, 2), "critic": torch.nn.Linear(2, 1)}
     run = Run(toy.ToySettings(out=Path("a")), name="toy")
