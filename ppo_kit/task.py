@@ -8,15 +8,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import NonTensorStack, TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from transformers import PreTrainedTokenizerBase
 
 from ppo_kit.data import Dialogues, Prompts, end_of_turn_id, load_prompts, pad_prompts
-from ppo_kit.models.load import freeze_below, load_causal_lm, load_scalar_model, load_tokenizer, save_model
-from ppo_kit.models.policy import Policy, Reference
-from ppo_kit.models.scoring import Critic, RewardModel
-from ppo_kit.models.text_reward import decode
+from ppo_kit.models import (
+    Critic,
+    LoRA,
+    Policy,
+    Reference,
+    RetokenizedReward,
+    RewardModel,
+    check_embeddings,
+    decode,
+    freeze_below,
+    load_causal_lm,
+    load_scalar_model,
+    load_tokenizer,
+    save_model,
+)
+from ppo_kit.models.memory import Workload, estimate_memory
 from ppo_kit.monitor.metrics import rollout_metrics
 from ppo_kit.rollout import Sampling, rollout, row_seed
 from ppo_kit.run.settings import PPOSettings
@@ -47,7 +59,9 @@ class Task:
     def scorers(self) -> TensorDictSequential:
         """What reads a rollout before it is shaped: ref_log_probs, old_values, score (and gold_score)."""
         return TensorDictSequential(
-            self.reference, Critic(self.critic.model, out_keys=["old_values"]), *self.rewards
+            self.reference,
+            Critic(self.critic.model, dtype=self.critic.dtype, out_keys=["old_values"]),
+            *self.rewards,
         )
 
     def rollout(self, step: int) -> TensorDictBase:
@@ -56,7 +70,7 @@ class Task:
         # Steps before 1 train the critic alone; they go through the prompts in an order of their own.
         order, nth = (seed, step - 1) if step > 0 else (row_seed(seed, 0), -step)
         rows = self.prompts.batch(nth, size, order)
-        return self._sample([self.prompts[row] for row in rows], step)
+        return self._sample(self.prompts, rows, step)
 
     def evaluate(self) -> dict[str, float]:
         """Averages over ``settings.held_out`` responses to held-out prompts; the same draws at every call."""
@@ -64,7 +78,7 @@ class Task:
         rows = [row % len(self.held_out) for row in range(self.settings.held_out)]
         parts = []
         for index in range(0, len(rows), size):
-            batch = self._sample([self.held_out[row] for row in rows[index : index + size]], -(10**6) - index)
+            batch = self._sample(self.held_out, rows[index : index + size], -(10**6) - index)
             with torch.no_grad():
                 parts.append(TensorDictSequential(self.reference, *self.rewards)(batch))
         return _held_out_metrics(parts)
@@ -84,12 +98,19 @@ class Task:
         return rows
 
     def save_policy(self, folder: Path) -> None:
-        """Write the policy and its tokenizer as plain transformers loads them."""
-        save_model(self.policy.model, self.tokenizer, folder)
+        """Write the policy and its tokenizer as transformers loads them; of LoRA the adapter, or merged."""
+        model = self.policy.model
+        if self.settings.lora_rank and self.settings.merge:
+            model.lora.save_merged("policy", folder)
+            self.tokenizer.save_pretrained(folder)
+        else:
+            save_model(model, self.tokenizer, folder)
 
-    def _sample(self, ids: list[list[int]], step: int) -> TensorDictBase:
-        seeds = [row_seed(self.settings.seed, step, row) for row in range(len(ids))]
-        starts = pad_prompts(ids, self.end_id)
+    def _sample(self, prompts: Prompts, rows: list[int], step: int) -> TensorDictBase:
+        seeds = [row_seed(self.settings.seed, step, row) for row in range(len(rows))]
+        starts = pad_prompts([prompts[row] for row in rows], self.end_id)
+        if any(isinstance(reward, RetokenizedReward) for reward in self.rewards):
+            starts["messages"] = NonTensorStack(*[prompts.messages[row] for row in rows])
         return rollout(self.policy, starts, self.sampling, eos_id=self.end_id, seeds=seeds)
 
 
@@ -98,17 +119,17 @@ def load_task(settings: PPOSettings, *, policy: str, reward: str) -> Task:
 
     Policy and reference start from ``policy``, critic and reward model from ``reward`` (details 8, 9).
 
+    A reward model with another tokenizer reads re-encoded text; the critic then starts from the policy.
+
     Raises:
-        ValueError: no prompts are given for a policy of the user's own; the reward model has another
-            vocabulary; fewer prompts than held out.
+        ValueError: no prompts are given for a policy of the user's own; fewer prompts than held out; a model
+            has fewer embedding rows than its tokenizer has tokens; LoRA and ``train_layers`` together.
     """
     tokenizer = load_tokenizer(policy)
-    _same_vocabulary(tokenizer, load_tokenizer(reward), policy, reward)
-    actor, scalar = load_causal_lm(policy), load_scalar_model(reward)
-    reference, critic = copy.deepcopy(actor), copy.deepcopy(scalar)
-    for model in (actor, critic):
-        freeze_below(model, settings.train_layers)
-    rewards: list[TensorDictModuleBase] = [RewardModel(scalar.requires_grad_(False))]
+    if settings.policy != "sandbox":
+        _say_memory(settings, policy, reward)
+    actor, reference, critic, score = _load_models(settings, tokenizer, policy, reward)
+    rewards: list[TensorDictModuleBase] = [score]
     ptx = None
     if settings.policy == "sandbox":
         prompts, held_out = sandbox_prompts(tokenizer, seed=settings.seed)
@@ -127,9 +148,9 @@ def load_task(settings: PPOSettings, *, policy: str, reward: str) -> Task:
         )
     return Task(
         tokenizer=tokenizer,
-        policy=Policy(actor, temperature=settings.temperature),
-        reference=Reference(reference, temperature=settings.temperature),
-        critic=Critic(critic),
+        policy=actor,
+        reference=reference,
+        critic=critic,
         rewards=rewards,
         prompts=prompts,
         held_out=held_out,
@@ -138,6 +159,56 @@ def load_task(settings: PPOSettings, *, policy: str, reward: str) -> Task:
         end_id=end_of_turn_id(tokenizer),
         settings=settings,
     )
+
+
+def _load_models(
+    settings: PPOSettings, tokenizer: PreTrainedTokenizerBase, policy: str, reward: str
+) -> tuple[Policy, Reference, Critic, TensorDictModuleBase]:
+    """Policy, reference, critic, and what writes the score."""
+    actor, scalar, its_tokenizer = load_causal_lm(policy), load_scalar_model(reward), load_tokenizer(reward)
+    check_embeddings(actor, tokenizer, policy)
+    check_embeddings(scalar, its_tokenizer, reward)
+    score: TensorDictModuleBase | None = None
+    if tokenizer.get_vocab() != its_tokenizer.get_vocab():
+        score = RetokenizedReward(scalar.requires_grad_(False), its_tokenizer, tokenizer)
+        scalar = load_scalar_model(policy)
+    if settings.lora_rank:
+        if settings.train_layers >= 0:
+            raise ValueError("--train-layers and --lora-rank exclude each other: LoRA trains every layer")
+        adapters = [LoRA(model, rank=settings.lora_rank, seed=settings.seed) for model in (actor, scalar)]
+        trained, frozen = adapters[0].causal("policy"), adapters[0].causal(None)
+        valued, scored = adapters[1].scalar("critic"), adapters[1].scalar(None)
+    else:
+        trained, frozen, valued, scored = actor, copy.deepcopy(actor), copy.deepcopy(scalar), scalar
+        for model in (trained, valued):
+            freeze_below(model, settings.train_layers)
+    dtype, temperature = settings.compute_dtype, settings.temperature
+    return (
+        Policy(trained, temperature=temperature, dtype=dtype),
+        Reference(frozen, temperature=temperature, dtype=dtype),
+        Critic(valued, dtype=dtype),
+        score or RewardModel(scored.requires_grad_(False), dtype=dtype),
+    )
+
+
+def _say_memory(settings: PPOSettings, policy: str, reward: str) -> None:
+    work = Workload(
+        rollout_size=settings.rollout_size,
+        minibatch_size=settings.minibatch_size,
+        micro_batch_size=settings.micro_batch_size,
+        prompt_tokens=settings.prompt_tokens,
+        max_new_tokens=settings.max_new_tokens,
+        train_layers=settings.train_layers,
+        lora_rank=settings.lora_rank,
+        dtype=settings.compute_dtype,
+    )
+    estimate = estimate_memory(policy, reward, work=work)
+    print(f"memory: {estimate}")
+    if not estimate.fits:
+        logger.warning(
+            "this run needs more memory than is available; --lora-rank, --train-layers or a smaller "
+            "--micro-batch-size lower it"
+        )
 
 
 def _read(settings: PPOSettings, tokenizer: PreTrainedTokenizerBase) -> Prompts:
@@ -152,16 +223,6 @@ def _split(prompts: Prompts, held_out: int) -> tuple[Prompts, Prompts]:
     if len(prompts) <= held_out:
         raise ValueError(f"--held-out: got {held_out}, and the file has {len(prompts)} usable prompts in all")
     return prompts[held_out:], prompts[:held_out]
-
-
-def _same_vocabulary(
-    one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, policy: str, reward: str
-) -> None:
-    if one.get_vocab() != other.get_vocab():
-        raise ValueError(
-            f"reward model {reward} has another vocabulary ({len(other)} tokens) than policy {policy} "
-            f"({len(one)}); it needs the policy's tokenizer"
-        )
 
 
 def _held_out_metrics(parts: list[TensorDictBase]) -> dict[str, float]:

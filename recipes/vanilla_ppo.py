@@ -78,7 +78,7 @@ def main(cfg: VanillaPPO) -> int:
                         for piece in micro_batches(minibatch, cfg.micro_batch_size):
                             check_finite(critic(policy(piece)))
                             if index == 0:
-                                check_first_ratio(piece)
+                                check_first_ratio(piece, tolerance=cfg.ratio_tolerance)
                             out = check_finite(losses(piece), of=piece)
                             total_loss(out).backward()
                             averages.add_shares(out, piece)

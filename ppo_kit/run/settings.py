@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from ppo_kit.data import OnBadRow
@@ -39,8 +40,9 @@ class PPOSettings(RunSettings):
     policy: str = "sandbox"
     """The SFT policy: sandbox, smollm2, a folder or a Hub id. It is the reference as well."""
     reward: str = "sandbox"
-    """Reward model: sandbox, or the folder or Hub id of a one-label sequence classifier with the policy's
-    tokenizer. The critic starts from it."""
+    """Reward model: sandbox, or the folder or Hub id of a one-label sequence classifier. The critic starts
+    from it; one with another tokenizer than the policy's reads re-encoded text, and the critic then starts
+    from the policy."""
     prompts: Path | None = None
     """Prompts as .jsonl[.gz], formats in docs/data.md; needed unless the policy is the sandbox's."""
     prompt_tokens: int = 512
@@ -51,6 +53,16 @@ class PPOSettings(RunSettings):
     """Responses of the evaluation before and after, on prompts that are not trained on."""
     train_layers: int = -1
     """Train only the top N layers of policy and critic, and the critic's head; -1 trains all."""
+    lora_rank: int = 0
+    """Train LoRA adapters of this rank instead; the reference is then the policy with its adapter off. 0 is
+    off."""
+    merge: bool = False
+    """Save the policy with its adapter merged in, instead of the adapter alone."""
+    bf16: bool = False
+    """Compute in bfloat16 over float32 master weights."""
+    skip_faults: int = 0
+    """Steps that may be skipped because a loss, gradient, reward or log-prob was not finite; 0 stops at the
+    first."""
 
     rollout_size: int = 64
     """Responses sampled a step (report: 128)."""
@@ -85,6 +97,15 @@ class PPOSettings(RunSettings):
     """λ of GAE, Eq. 9 (report's figures: 0.9; released script: 0.95)."""
     clip: float = 0.2
     """ε of the clipped surrogate, Eq. 15 (report: 0.2)."""
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.bf16 else torch.float32
+
+    @property
+    def ratio_tolerance(self) -> float:
+        """How far log π of the first minibatch may be from log π_old [nats]: rounding, no more."""
+        return 0.1 if self.bf16 else 0.01
 
     def optimizer(
         self, module: nn.Module, lr: float, *, extra_steps: int = 0, max_grad_norm: float | None = None

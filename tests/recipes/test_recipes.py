@@ -98,7 +98,8 @@ def test_a_run_leaves_behind_what_the_design_says(whole, recipe):
     folder = whole[recipe]
     names = {path.name for path in folder.iterdir()}
     assert names == {
-        "config.json", "metrics.jsonl", "summary.json", "samples.jsonl", "dashboard.png", "checkpoints", "policy"
+        "config.json", "metrics.jsonl", "summary.json", "samples.jsonl", "dashboard.png", "checkpoints",
+        "policy",
     }  # fmt: skip
     found = rows(folder)
     assert [row["step"] for row in found] == [1, 2, 3, 4]
@@ -227,13 +228,39 @@ def test_what_is_missing_is_said(user, tmp_path):
         run("ppo_max", user, tmp_path / "c", held_out=60)
 
 
-def test_a_reward_model_of_another_vocabulary_is_refused(user, tmp_path):
+def test_a_reward_model_of_another_vocabulary_reads_text(user, tmp_path):
     shutil.copytree(user["reward"], tmp_path / "reward")
     other = AutoTokenizer.from_pretrained(tmp_path / "reward")
     other.add_tokens(["unheard"])
     other.save_pretrained(tmp_path / "reward")
-    with pytest.raises(ValueError, match="has another vocabulary"):
-        run("ppo_max", user, tmp_path / "run", reward=str(tmp_path / "reward"))
+    with pytest.raises(ValueError, match="its tokenizer has 195 tokens, the model 194"):
+        run("ppo_max", user, tmp_path / "refused", steps=1, reward=str(tmp_path / "reward"))
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward")
+    model.resize_token_embeddings(len(other))
+    model.save_pretrained(tmp_path / "reward")
+    out = run("ppo_max", user, tmp_path / "run", steps=1, reward=str(tmp_path / "reward"))
+    assert rows(out)[0]["score"] != 0
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_lora_trains_adapters_over_one_base(user, tmp_path, merge):
+    pytest.importorskip("peft", reason="LoRA needs peft")
+    out = run("ppo_max", user, tmp_path / "run", steps=2, lora_rank=2, merge=merge)
+    assert rows(out)[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert (out / "policy" / "adapter_config.json").exists() is not merge
+    trained = AutoModelForCausalLM.from_pretrained(out / "policy").state_dict()
+    before = load_file(user["policy"] / "model.safetensors")
+    embedding = next(name for name in trained if "embed_tokens" in name)
+    assert torch.equal(trained[embedding], before["model.embed_tokens.weight"])
+    if merge:
+        name = "model.layers.0.self_attn.q_proj.weight"
+        assert not torch.equal(trained[name], before[name])
+
+
+def test_bfloat16_compute_keeps_float32_weights(user, tmp_path):
+    out = run("ppo_max", user, tmp_path / "run", steps=2, bf16=True)
+    assert abs(rows(out)[0]["kl"]) < 0.01
+    assert AutoModelForCausalLM.from_pretrained(out / "policy").dtype == torch.float32
 
 
 def test_the_reward_model_recipe_on_a_users_pairs(user, tmp_path, capsys):
