@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -10,13 +10,15 @@ from torch import Tensor
 
 from ppo_kit.doctor.subject import Subject
 from ppo_kit.models.memory import Workload, estimate_memory
+from ppo_kit.models.retokenized import RetokenizedReward
 from ppo_kit.monitor.first_ratio import check_first_ratio
 
 if TYPE_CHECKING:
     from ppo_kit.doctor.examine import Level
 
 TOLERANCE = 1e-3
-"""Largest difference that float32 rounding explains [nats, or units of the score]."""
+"""Largest difference that rounding explains where models compute in float32 [nats, or units of the score]."""
+BFLOAT16_TOLERANCE = 0.1
 MANY_TRUNCATED = 0.25
 
 
@@ -30,18 +32,24 @@ def memory(subject: Subject) -> tuple[Level, str, str]:
         prompt_tokens=settings.prompt_tokens,
         max_new_tokens=settings.max_new_tokens,
         train_layers=settings.train_layers,
+        lora_rank=settings.lora_rank,
+        dtype=settings.compute_dtype,
     )
     estimate = estimate_memory(settings.policy, settings.reward, work=work)
     if not estimate.fits:
-        return "fail", str(estimate), "smaller --micro-batch-size, --train-layers N, or smaller models"
+        return (
+            "fail",
+            str(estimate),
+            "a smaller --micro-batch-size, --lora-rank N, --train-layers N, or smaller models",
+        )
     return "pass", str(estimate), ""
 
 
 def sampling(subject: Subject) -> tuple[Level, str, str]:
     """What is drawn is what is scored."""
-    if subject.sampling.rescorable:
+    on = subject.task.sampling
+    if on.rescorable:
         return "pass", f"as scored, at temperature {subject.settings.temperature:g}", ""
-    on = subject.sampling
     return (
         "warn",
         f"top_p {on.top_p:g}, top_k {on.top_k}, repetition_penalty {on.repetition_penalty:g} shape what is "
@@ -55,32 +63,33 @@ def learning_rate(subject: Subject) -> tuple[Level, str, str]:
 
     A weight w of a dtype with relative spacing ε stays where it is when lr is below about |w| ε / 2.
     """
-    worst = ("", 1.0)
+    worst, dtype = ("", 1.0), None
     settings = subject.settings
     for name, model, lr in (
-        ("policy", subject.policy.model, settings.lr),
-        ("critic", subject.reward.model, settings.critic_lr),
+        ("policy", subject.task.policy.model, settings.lr),
+        ("critic", subject.task.critic.model, settings.critic_lr),
     ):
         moved = weights = 0
         for parameter in model.parameters():
             if parameter.requires_grad:
                 w = parameter.detach().flatten()[:100_000]
+                dtype = dtype or w.dtype
                 moved += int(((w - lr != w) | (w + lr != w)).sum())
                 weights += w.numel()
         share = moved / weights if weights else 0.0
         if share < worst[1]:
-            worst = (f"{share:.1%} of the {name}'s {model.dtype} weights change at a step of {lr:g}", share)
+            worst = (f"{share:.1%} of the {name}'s {w.dtype} weights change at a step of {lr:g}", share)
     if worst[1] < 0.5:
         return "fail", worst[0], "float32 master weights (load with dtype=torch.float32), or a larger rate"
     if worst[1] < 0.99:
         return "warn", worst[0], "a larger --lr or --critic-lr"
-    return "pass", f"a step of {settings.lr:g} changes the policy's {subject.policy.model.dtype} weights", ""
+    return "pass", f"a step of {settings.lr:g} changes the policy's {dtype} weights", ""
 
 
 def response_length(subject: Subject) -> tuple[Level, str, str]:
     """Responses end by themselves, and prompt and response fit the model's positions."""
     settings, batch = subject.settings, subject.batch
-    positions = getattr(subject.policy.model.config, "max_position_embeddings", None)
+    positions = getattr(subject.task.policy.model.config, "max_position_embeddings", None)
     longest = max(map(len, subject.prompts.ids)) + settings.max_new_tokens
     if positions is not None and longest > positions:
         return (
@@ -103,8 +112,8 @@ def dropout(subject: Subject) -> tuple[Level, str, str]:
     rows = _inputs(subject.batch[:2])
     differing = []
     for name, module, key in (
-        ("policy", subject.policy, "log_probs"),
-        ("critic", subject.critic, "values"),
+        ("policy", subject.task.policy, "log_probs"),
+        ("critic", subject.task.critic, "values"),
     ):
         was_training = module.model.training
         module.model.train()
@@ -124,8 +133,8 @@ def dropout(subject: Subject) -> tuple[Level, str, str]:
 @torch.no_grad()
 def ratio(subject: Subject) -> tuple[Level, str, str]:
     """π of the sampling loop (with its cache) is π of the training pass."""
-    scored = subject.policy(subject.batch.clone())
-    drift = check_first_ratio(scored)
+    scored = subject.task.policy(subject.batch.clone())
+    drift = check_first_ratio(scored, tolerance=subject.settings.ratio_tolerance)
     tokens = int(scored["response_mask"].sum())
     return "pass", f"1: log-probs of {tokens} tokens agree within {drift:.1e} nats when rescored", ""
 
@@ -135,20 +144,21 @@ def padding(subject: Subject) -> tuple[Level, str, str]:
     """Padding on either side, with any id in it, changes no log-prob, value or score."""
     rows = _inputs(subject.batch[:4])
     wide = _padded(rows, left=5, right=3, fill=int(rows["prompt_ids"][0, -1]))
-    width, worst = rows["response_mask"].shape[1], 0.0
+    task, width, worst = subject.task, rows["response_mask"].shape[1], 0.0
+    allowed = BFLOAT16_TOLERANCE if subject.settings.bf16 else TOLERANCE
     for key, module in (
-        ("log_probs", subject.policy),
-        ("values", subject.critic),
-        ("score", subject.reward),
+        ("log_probs", task.policy),
+        ("values", task.critic),
+        ("score", task.rewards[0]),
     ):
         one, two = (module(each.clone())[key] for each in (rows, wide))
         difference = float((one - two[:, :width] if two.ndim == 2 else one - two).abs().max())
         worst = max(worst, difference)
-        if not difference <= TOLERANCE:
+        if not difference <= allowed:
             return (
                 "fail",
                 f"{key} differ by {difference:.2g} when 5 slots are padded on the left and 3 on the right",
-                f"{type(module.model).__name__} has to use attention_mask and position_ids as they are given",
+                "the model has to use attention_mask and position_ids as they are given",
             )
     return "pass", f"changes log-probs, values and scores by at most {worst:.1e}", ""
 
@@ -157,9 +167,11 @@ def padding(subject: Subject) -> tuple[Level, str, str]:
 def reward_head(subject: Subject) -> tuple[Level, str, str]:
     """The head is a trained one and tells responses apart."""
     fix = "train a reward model: recipes/reward_model.py --base ... --pairs ..."
-    if not bool(subject.reward.model.score.weight.any()):
+    reward: Any = subject.task.rewards[0]
+    reader = reward.reward if isinstance(reward, RetokenizedReward) else reward
+    if not bool(reader.model.score.weight.any()):
         return "fail", "the checkpoint holds no trained head (all its weights are 0): it ranks nothing", fix
-    score = subject.reward(_inputs(subject.batch))["score"]
+    score = reward(_inputs(subject.batch))["score"]
     if not bool(score.isfinite().all()):
         return "fail", f"scores are not finite: {score.tolist()}", fix
     if len(score) > 1 and float(score.max() - score.min()) <= TOLERANCE * float(score.abs().max()):
@@ -169,7 +181,9 @@ def reward_head(subject: Subject) -> tuple[Level, str, str]:
 
 
 def _inputs(batch: TensorDictBase) -> TensorDictBase:
-    return batch.select("prompt_ids", "prompt_mask", "response_ids", "response_mask")
+    """What models read: ``messages`` are for a reward model of another tokenizer."""
+    keys = ("prompt_ids", "prompt_mask", "response_ids", "response_mask", "messages")
+    return batch.select(*keys, strict=False)
 
 
 def _padded(rows: TensorDictBase, *, left: int, right: int, fill: int) -> TensorDict:
@@ -178,6 +192,7 @@ def _padded(rows: TensorDictBase, *, left: int, right: int, fill: int) -> Tensor
 
     return TensorDict(
         {
+            **({"messages": rows["messages"]} if "messages" in rows else {}),
             "prompt_ids": pad("prompt_ids", left, 0, fill),
             "prompt_mask": pad("prompt_mask", left, 0, False),
             "response_ids": pad("response_ids", 0, right, fill),
