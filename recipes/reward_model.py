@@ -10,6 +10,7 @@ one-label sequence classifier of transformers, with its statistics beside it (do
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -43,7 +44,7 @@ from ppo_kit.monitor.preference_picture import draw_preference_report
 from ppo_kit.monitor.preference_report import differences_of, hardest_pairs, share_right, summarize_pairs
 from ppo_kit.run import PPOSettings, RunSettings, new_folder
 from ppo_kit.run.folder import describe
-from ppo_kit.run.records import JsonLines, write_json
+from ppo_kit.run.records import JsonLines, write_json, write_whole
 from ppo_kit.sandbox import sandbox_pairs, sandbox_prompts
 
 
@@ -110,12 +111,13 @@ def train(cfg: RewardModelling, folder: Path) -> None:
     batches = _endless(train_pairs, cfg, tokenizer)
     for step in range(1, cfg.steps + 1):
         began, batch, lr = time.perf_counter(), next(batches), optimizer.lr
-        out = loss(reward(batch))
-        out["loss_pairwise"].backward()
+        out = loss(reward(batch))["loss_pairwise"]
+        out.backward()
+        chosen, rejected = batch["score"].detach().cpu().chunk(2)
         row = {
-            "step": step, "pairs": len(batch) // 2, "loss": out["loss_pairwise"].item(),
-            "accuracy": out["accuracy"].item(), "lr": lr, "grad_norm": optimizer.step(),
-            "seconds": time.perf_counter() - began,
+            "step": step, "pairs": len(chosen), "loss": out.item(),
+            "accuracy": share_right((chosen - rejected).numpy())["accuracy"],
+            "lr": lr, "grad_norm": optimizer.step(), "seconds": time.perf_counter() - began,
         }  # fmt: skip
         if cfg.eval_every and step % cfg.eval_every == 0 and step < cfg.steps:
             found = _score(reward, test_pairs[:200], cfg, tokenizer)
@@ -229,15 +231,16 @@ def _report(
     folder: Path,
 ) -> None:
     """Write what the held-out pairs say, and the picture."""
-    held_out, hardest = JsonLines(folder / "held_out.jsonl"), JsonLines(folder / "hardest_pairs.jsonl")
-    for row in found:
-        held_out.append(row)
+    hardest = []
     for index in hardest_pairs(found):
         pair = pairs[index]
         texts = [
             tokenizer.decode(ids, skip_special_tokens=True) for ids in (pair.chosen_ids, pair.rejected_ids)
         ]
         hardest.append({"prompt": pair.messages, "chosen": texts[0], "rejected": texts[1], **found[index]})
+    for name, rows in (("held_out", found), ("hardest_pairs", hardest)):
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_whole(folder / f"{name}.jsonl", lines)
     summary = summarize_pairs(found)
     write_json(folder / "summary.json", summary)
     write_json(folder / "run.json", describe(cfg, "reward_model"))

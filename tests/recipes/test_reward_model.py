@@ -145,7 +145,9 @@ def test_the_first_loss_against_a_plain_loop(user, tmp_path):
 
 def test_the_default_loss_is_the_pairwise_one_alone(user, tmp_path):
     out = train(user, tmp_path / "rm", steps=1)
-    assert read_rows(out / "metrics.jsonl")[0]["loss"] == pytest.approx(0.6931472)
+    (row,) = read_rows(out / "metrics.jsonl")
+    assert row["loss"] == pytest.approx(0.6931472)
+    assert row["accuracy"] == 0.5  # the head starts at zero: every pair is a tie
 
 
 def test_plain_transformers_gives_the_same_scores(whole, user):
