@@ -28,11 +28,11 @@ Check = Callable[[Subject], "tuple[Level, str, str]"]
 """subject -> (level, what was found, how to fix it)."""
 
 CHECKS: dict[str, Check] = {
+    "memory": model_checks.memory,  # first: what is loaded later would count as the program's
     "pad and end tokens": text_checks.tokens,
     "chat template": text_checks.chat_template,
     "prompts": text_checks.prompts,
     "reward tokenizer": text_checks.reward_tokenizer,
-    "memory": model_checks.memory,
     "sampling": model_checks.sampling,
     "weights and learning rate": model_checks.learning_rate,
     "response length": model_checks.response_length,
@@ -41,7 +41,7 @@ CHECKS: dict[str, Check] = {
     "padding": model_checks.padding,
     "reward head": model_checks.reward_head,
 }
-"""Name -> check, the cheap ones first."""
+"""Name -> check, in the order in which they run."""
 
 
 def examine(subject: Subject, checks: Mapping[str, Check] = CHECKS) -> Iterator[Finding]:
