@@ -20,7 +20,7 @@ from reward_model import sandbox_models
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictSequential
 
-from ppo_kit.engine.optimizer import step_together
+from ppo_kit.engine import step_together
 from ppo_kit.modules import (
     GAE,
     ClippedSurrogate,
@@ -117,9 +117,9 @@ def main(cfg: PPOMax) -> int:
                             averages.add_shares(out, piece)
                         if cfg.ptx_coef and task.ptx:
                             text = task.ptx.batch(policy_opt.steps, cfg.ptx_batch_size, cfg.seed)
-                            total_loss(check_finite(ptx_loss(policy(text)), of=text)).backward()
-                        norms = step_together(minibatch, policy_opt, critic_opt)
-                        averages.add({"grad_norm": norms[0]}, weight=1)
+                            total_loss(ptx_loss(policy(text))).backward()
+                        grad_norm, _ = step_together(minibatch, policy_opt, critic_opt)
+                        averages.add({"grad_norm": grad_norm}, weight=1)
                 run.log(step, {
                     **rollout_metrics(batch), **averages.means(), **watch.lap(batch),
                     "lr": policy_opt.lr, "critic_lr": critic_opt.lr,

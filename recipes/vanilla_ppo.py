@@ -19,7 +19,7 @@ from reward_model import sandbox_models
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictSequential
 
-from ppo_kit.engine.optimizer import step_together
+from ppo_kit.engine import step_together
 from ppo_kit.modules import (
     GAE,
     ClippedSurrogate,
@@ -82,8 +82,8 @@ def main(cfg: VanillaPPO) -> int:
                             out = check_finite(losses(piece), of=piece)
                             total_loss(out).backward()
                             averages.add_shares(out, piece)
-                        norms = step_together(minibatch, policy_opt, critic_opt)
-                        averages.add({"grad_norm": norms[0]}, weight=1)
+                        grad_norm, _ = step_together(minibatch, policy_opt, critic_opt)
+                        averages.add({"grad_norm": grad_norm}, weight=1)
                 run.log(step, {
                     **rollout_metrics(batch), **averages.means(), **watch.lap(batch),
                     "lr": policy_opt.lr, "critic_lr": critic_opt.lr, "kl_coef": 0.0,

@@ -1,5 +1,5 @@
 """How a step is run."""
 
-from ppo_kit.engine.optimizer import Optimizer, Schedule
+from ppo_kit.engine.optimizer import NotFinite, Optimizer, Schedule, step_together
 
-__all__ = ["Optimizer", "Schedule"]
+__all__ = ["NotFinite", "Optimizer", "Schedule", "step_together"]

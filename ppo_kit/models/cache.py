@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ppo_kit
+
 
 def cache_folder() -> Path:
     """``$PPO_KIT_CACHE``, or ``ppo_kit`` in the user's cache folder."""
@@ -19,8 +21,8 @@ def cache_folder() -> Path:
 
 
 def settings_key(settings: dict[str, Any]) -> str:
-    """Twelve hex digits that change when any setting does."""
-    text = json.dumps(settings, sort_keys=True, default=str)
+    """Twelve hex digits that change when any setting does, or the version of ppo_kit."""
+    text = json.dumps({**settings, "ppo_kit": ppo_kit.__version__}, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 

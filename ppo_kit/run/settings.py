@@ -29,6 +29,8 @@ class RunSettings:
     """Continue the run in --out (or the newest default folder) from its last checkpoint."""
     checkpoint_every: int = 0
     """Steps between checkpoints; 0 saves one at the end."""
+    keep: int = 2
+    """Checkpoints kept, the newest ones."""
     fresh: bool = False
     """Train the sandbox's SFT policy and reward model anew, whatever the cache holds."""
 

@@ -32,8 +32,11 @@ def test_a_folder_is_built_once_and_whole(tmp_path, monkeypatch):
     assert (tmp_path / "kind" / "name" / "weights").read_text() == "build 2"
 
 
-def test_any_setting_changes_the_key():
-    assert settings_key({"a": 1, "b": 2}) == settings_key({"b": 2, "a": 1}) != settings_key({"a": 1, "b": 3})
+def test_any_setting_and_the_version_change_the_key(monkeypatch):
+    key = settings_key({"a": 1, "b": 2})
+    assert key == settings_key({"b": 2, "a": 1}) != settings_key({"a": 1, "b": 3})
+    monkeypatch.setattr("ppo_kit.__version__", "another")
+    assert settings_key({"a": 1, "b": 2}) != key
 
 
 def test_only_the_top_layers_and_the_score_head_train(family, tiny_model):
