@@ -26,6 +26,17 @@ def test_links_lead_somewhere(page):
     assert [target for target in targets if not (page.parent / target).exists()] == []
 
 
+def test_the_parts_page_names_every_part():
+    from ppo_kit import functional, modules
+
+    text = (ROOT / "docs" / "components.md").read_text()
+    plumbing = {"BatchLoss", "BatchModule", "Counts", "KLController", "Objective", "ResponseAdvantage"}
+    plumbing |= {"micro_batches", "minibatches", "total_loss", "with_counts", "DropTruncated"}
+    plumbing |= {"masked_mean", "masked_sum", "masked_var", "zero_masked", "last_valid"}
+    plumbing |= {"token_log_probs", "token_entropy"}
+    assert {name for name in (*functional.__all__, *modules.__all__) if name not in text} <= plumbing
+
+
 def test_names_in_the_composing_page_exist():
     from ppo_kit import models, modules
 
