@@ -28,7 +28,7 @@ from ppo_kit.models import (
     load_tokenizer,
     save_model,
 )
-from ppo_kit.models.memory import Workload, estimate_memory
+from ppo_kit.models.memory import estimate_memory
 from ppo_kit.monitor.metrics import rollout_metrics
 from ppo_kit.rollout import Sampling, rollout, row_seed
 from ppo_kit.run.settings import PPOSettings
@@ -192,17 +192,7 @@ def _load_models(
 
 
 def _say_memory(settings: PPOSettings, policy: str, reward: str) -> None:
-    work = Workload(
-        rollout_size=settings.rollout_size,
-        minibatch_size=settings.minibatch_size,
-        micro_batch_size=settings.micro_batch_size,
-        prompt_tokens=settings.prompt_tokens,
-        max_new_tokens=settings.max_new_tokens,
-        train_layers=settings.train_layers,
-        lora_rank=settings.lora_rank,
-        dtype=settings.compute_dtype,
-    )
-    estimate = estimate_memory(policy, reward, work=work)
+    estimate = estimate_memory(policy, reward, work=settings.workload)
     print(f"memory: {estimate}")
     if not estimate.fits:
         logger.warning(

@@ -9,7 +9,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from ppo_kit.doctor.subject import Subject
-from ppo_kit.models.memory import Workload, estimate_memory
+from ppo_kit.models.memory import estimate_memory
 from ppo_kit.models.retokenized import RetokenizedReward
 from ppo_kit.monitor.first_ratio import check_first_ratio
 
@@ -25,17 +25,7 @@ MANY_TRUNCATED = 0.25
 def memory(subject: Subject) -> tuple[Level, str, str]:
     """The estimated peak fits what the machine has free."""
     settings = subject.settings
-    work = Workload(
-        rollout_size=settings.rollout_size,
-        minibatch_size=settings.minibatch_size,
-        micro_batch_size=settings.micro_batch_size,
-        prompt_tokens=settings.prompt_tokens,
-        max_new_tokens=settings.max_new_tokens,
-        train_layers=settings.train_layers,
-        lora_rank=settings.lora_rank,
-        dtype=settings.compute_dtype,
-    )
-    estimate = estimate_memory(settings.policy, settings.reward, work=work)
+    estimate = estimate_memory(settings.policy, settings.reward, work=settings.workload)
     if not estimate.fits:
         return (
             "fail",

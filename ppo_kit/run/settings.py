@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 
 from ppo_kit.data import OnBadRow
 from ppo_kit.engine import Optimizer, Schedule
+from ppo_kit.models.memory import Workload
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,12 @@ class PPOSettings(RunSettings):
     @property
     def compute_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.bf16 else torch.float32
+
+    @property
+    def workload(self) -> Workload:
+        """The sizes that the memory estimate needs."""
+        sizes = {field.name: getattr(self, field.name) for field in fields(Workload) if field.name != "dtype"}
+        return Workload(**sizes, dtype=self.compute_dtype)
 
     @property
     def ratio_tolerance(self) -> float:
