@@ -31,6 +31,8 @@ def search(test: Callable[[TensorDictBase], None], on: Batches | None, max_examp
         phases=(Phase.generate, Phase.shrink),
         report_multiple_bugs=False,
         verbosity=Verbosity.quiet,
+        # Hypothesis prints one where CI is set; what is random here is derandomized and needs none.
+        print_blob=False,
         suppress_health_check=list(HealthCheck),
     )
     configured(given(batches() if on is None else on)(test))()
