@@ -98,7 +98,7 @@ def train(cfg: RewardModelling, folder: Path) -> None:
     """Train; save model, tokenizer, metrics, summary, hardest pairs and the picture to ``folder``."""
     torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
-    base = str(sandbox_policy(cfg.seed, fresh=cfg.fresh)) if cfg.base == "sandbox" else cfg.base
+    base = str(sandbox_policy(cfg.seed)) if cfg.base == "sandbox" else cfg.base
     tokenizer = load_tokenizer(base)
     train_pairs, test_pairs = _pairs(cfg, base, tokenizer)
     reward, lora = _model(cfg, base, tokenizer)

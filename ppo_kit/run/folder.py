@@ -17,13 +17,18 @@ from ppo_kit.run.checkpoint import has_checkpoint
 from ppo_kit.run.records import plain
 
 
-class Settings(Protocol):
-    """What a run reads of a recipe's settings, which are a dataclass with whatever else the recipe needs."""
+class Placed(Protocol):
+    """What decides where a run is written."""
 
     @property
     def out(self) -> Path | None: ...
     @property
     def seed(self) -> int: ...
+
+
+class Settings(Placed, Protocol):
+    """What a run reads of a recipe's settings, which are a dataclass with whatever else the recipe needs."""
+
     @property
     def threads(self) -> int: ...
     @property
@@ -40,7 +45,7 @@ MAY_CHANGE = frozenset(
 """Settings that may differ between a run and its resumption."""
 
 
-def new_folder(settings: Settings, name: str, root: Path) -> Path:
+def new_folder(settings: Placed, name: str, root: Path) -> Path:
     """Make and return the folder of a new run: ``settings.out``, or the first free one of
     ``root/<name>-seed<seed>``, ``…-2``, ``…-3``.
 
@@ -114,13 +119,13 @@ def resumed_folder(settings: Settings, name: str, root: Path, *, may_change: Seq
     return folder
 
 
-def _numbered(settings: Settings, name: str, number: int) -> str:
+def _numbered(settings: Placed, name: str, number: int) -> str:
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise ValueError(f"name: got {name!r}, needs letters, digits, '_', '-' and '.', without folders")
     return f"{name}-seed{settings.seed}" + (f"-{number}" if number > 1 else "")
 
 
-def describe(settings: Settings, name: str) -> dict[str, Any]:
+def describe(settings: Placed, name: str) -> dict[str, Any]:
     """The content of ``config.json``: every setting, those changed from their defaults, seed, versions of
     what computes, platform, and git revision of the script that runs (None outside a repository; ``-dirty``
     with uncommitted changes).

@@ -18,14 +18,19 @@ class RunSettings:
     """How a run runs, and where it writes."""
 
     steps: int = 80
-    """Steps to take: rollout and update in PPO (report: 1,000 in most figures, 10,000 in Figure 9), optimizer
-    steps elsewhere."""
+    """Steps to take: of rollout and update (report: 1,000 in most figures, 10,000 in Figure 9)."""
     seed: int = 0
     """Seed of everything random: models, data order, sampling. The same seed gives the same run."""
     out: Path | None = None
     """Run folder; runs/<recipe>-seed<seed> if not given."""
     threads: int = 1
     """CPU threads of torch. 1 is fastest for the sandbox's models, the number of cores for real ones."""
+
+
+@dataclass(frozen=True)
+class PPOSettings(RunSettings):
+    """Models, data, sampling and the parts of PPO that are in every variant."""
+
     resume: bool = False
     """Continue the run in --out (or the newest default folder) from its last checkpoint."""
     checkpoint_every: int = 0
@@ -34,11 +39,6 @@ class RunSettings:
     """Checkpoints kept, the newest ones."""
     fresh: bool = False
     """Train the sandbox's SFT policy and reward model anew, whatever the cache holds."""
-
-
-@dataclass(frozen=True)
-class PPOSettings(RunSettings):
-    """Models, data, sampling and the parts of PPO that are in every variant."""
 
     policy: str = "sandbox"
     """The SFT policy: sandbox, smollm2, a folder or a Hub id. It is the reference as well."""
