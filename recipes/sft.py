@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import tyro
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from ppo_kit.data import Dialogues, OnBadRow, load_dialogues
 from ppo_kit.engine import Optimizer
@@ -65,10 +65,8 @@ def train(cfg: SFT, folder: Path) -> None:
     if cfg.base == "sandbox":
         tokenizer = sandbox_tokenizer()
         config = sandbox_config(tokenizer, hidden_size=cfg.hidden_size, layers=cfg.layers)
-        model, data = (
-            AutoModelForCausalLM.from_config(config),
-            sandbox_dialogues(tokenizer, size=cfg.size, seed=cfg.seed),
-        )
+        model = AutoModelForCausalLM.from_config(config)
+        data = sandbox_dialogues(tokenizer, size=cfg.size, seed=cfg.seed)
     else:
         tokenizer, model = load_tokenizer(cfg.base), load_causal_lm(cfg.base)
         data = _read(cfg, tokenizer)
@@ -89,7 +87,7 @@ def train(cfg: SFT, folder: Path) -> None:
     save_model(model, tokenizer, folder)
 
 
-def _read(cfg: SFT, tokenizer) -> Dialogues:  # type: ignore[no-untyped-def]
+def _read(cfg: SFT, tokenizer: PreTrainedTokenizerBase) -> Dialogues:
     if cfg.dialogues is None:
         raise ValueError(f"--dialogues: base {cfg.base} needs a file of dialogues (docs/data.md)")
     return load_dialogues(cfg.dialogues, tokenizer, max_tokens=cfg.max_tokens, on_bad_row=cfg.on_bad_row)

@@ -283,6 +283,29 @@ def test_the_reward_model_recipe_on_a_users_pairs(user, tmp_path, capsys):
     AutoTokenizer.from_pretrained(out)
 
 
+def test_sft_on_a_users_dialogues(user, tmp_path, capsys):
+    out = tmp_path / "sft"
+    out.mkdir()
+    settings = sft.SFT(
+        base=str(user["policy"]),
+        dialogues=user["pairs.jsonl"],
+        steps=20,
+        batch_size=8,
+        lr=1e-2,
+        train_layers=1,
+    )
+    sft.train(settings, out)
+    losses = [float(line.split("loss ")[1].split()[0]) for line in capsys.readouterr().out.splitlines()]
+    assert losses[-1] < losses[0] - 0.1
+    before = load_file(user["policy"] / "model.safetensors")
+    trained = AutoModelForCausalLM.from_pretrained(out).state_dict()
+    moved = {name for name in before if not torch.equal(before[name], trained[name])}
+    assert moved
+    assert all(name.startswith("model.layers.1.") for name in moved)
+    with pytest.raises(ValueError, match=r"--dialogues: base .* needs a file"):
+        sft.train(sft.SFT(base=str(user["policy"])), out)
+
+
 def test_the_sandbox_makes_what_is_missing_once(tmp_path, monkeypatch):
     monkeypatch.setenv("PPO_KIT_CACHE", str(tmp_path / "cache"))
     tiny = functools.partial(sft.SFT, steps=3, size=64, batch_size=8, hidden_size=16, layers=1)
