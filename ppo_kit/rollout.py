@@ -16,6 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from ppo_kit import ranks
 from ppo_kit.functional import token_entropy, token_log_probs
 from ppo_kit.models.policy import Policy
 from ppo_kit.models.sequence import positions_of
@@ -79,7 +80,8 @@ def rollout(
 
     Returns:
         The prompts' keys with response_ids, response_mask, old_log_probs, entropy [B,T] and truncated [B]; T
-        is the longest response drawn, at most ``max_new_tokens``.
+        is the longest response drawn, at most ``max_new_tokens``. Where there are several ranks, all have to
+        call this, each with its own prompts, and T is the longest of all.
 
     Raises:
         ValueError: the number of seeds is not the number of prompts.
@@ -90,7 +92,6 @@ def rollout(
     uniforms = _uniforms(seeds, size, sampling.max_new_tokens).to(ids.device)
     filters = sampling.filters()
 
-    model = policy.model
     cache = DynamicCache()
     mask = torch.cat([mask, mask.new_ones(size, sampling.max_new_tokens)], 1)
     positions = positions_of(mask)
@@ -101,7 +102,7 @@ def rollout(
     tokens, masks, log_probs, entropies = [], [], [], []
     with policy.autocast():
         for t in range(sampling.max_new_tokens):
-            logits = model(
+            logits = policy.call(
                 input_ids=step_ids,
                 attention_mask=mask[:, : width + t].long(),
                 position_ids=step_positions,
@@ -116,7 +117,8 @@ def rollout(
             log_probs.append(torch.where(alive, token_log_probs(logits, token), 0.0))
             entropies.append(torch.where(alive, token_entropy(logits), 0.0))
             alive = alive & (token != eos_id)
-            if not bool(alive.any()):
+            # Sharded weights are gathered in every forward, so no rank stops before the others.
+            if not ranks.any_rank(alive.any()):
                 break
             if filters:
                 history = torch.cat([history, tokens[-1][:, None]], 1)

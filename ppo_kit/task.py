@@ -12,7 +12,9 @@ from tensordict import NonTensorStack, TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from transformers import PreTrainedTokenizerBase
 
+from ppo_kit import ranks
 from ppo_kit.data import Dialogues, Prompts, end_of_turn_id, load_prompts, pad_prompts
+from ppo_kit.engine import Engine, LocalEngine
 from ppo_kit.models import (
     Critic,
     LoRA,
@@ -54,23 +56,29 @@ class Task:
     sampling: Sampling
     end_id: int
     settings: PPOSettings
+    engine: Engine
 
     @property
     def scorers(self) -> TensorDictSequential:
         """What reads a rollout before it is shaped: ref_log_probs, old_values, score (and gold_score)."""
-        return TensorDictSequential(
-            self.reference,
-            Critic(self.critic.model, dtype=self.critic.dtype, out_keys=["old_values"]),
-            *self.rewards,
-        )
+        old_values = Critic(self.critic.model, dtype=self.critic.dtype, out_keys=["old_values"])
+        old_values.wrap(self.critic.wrapped)
+        return TensorDictSequential(self.reference, old_values, *self.rewards)
 
     def rollout(self, step: int) -> TensorDictBase:
-        """The responses of PPO step ``step``: prompts and random numbers depend on it and the seed alone."""
+        """The responses of PPO step ``step``: prompts and random numbers depend on it and the seed alone.
+
+        Each rank samples its rows, which ``score`` brings together.
+        """
         size, seed = self.settings.rollout_size, self.settings.seed
         # Steps before 1 train the critic alone; they go through the prompts in an order of their own.
         order, nth = (seed, step - 1) if step > 0 else (row_seed(seed, 0), -step)
         rows = self.prompts.batch(nth, size, order)
         return self._sample(self.prompts, rows, step)
+
+    def score(self, batch: TensorDictBase) -> TensorDictBase:
+        """``scorers`` on this rank's rows of a rollout, then the rows of every rank."""
+        return ranks.gather(self.scorers(batch), self.settings.rollout_size)
 
     def evaluate(self) -> dict[str, float]:
         """Averages over ``settings.held_out`` responses to held-out prompts; the same draws at every call."""
@@ -78,9 +86,11 @@ class Task:
         rows = [row % len(self.held_out) for row in range(self.settings.held_out)]
         parts = []
         for index in range(0, len(rows), size):
-            batch = self._sample(self.held_out, rows[index : index + size], -(10**6) - index)
+            part = rows[index : index + size]
+            batch = self._sample(self.held_out, part, -(10**6) - index)
             with torch.no_grad():
-                parts.append(TensorDictSequential(self.reference, *self.rewards)(batch))
+                batch = TensorDictSequential(self.reference, *self.rewards)(batch)
+            parts.append(ranks.gather(batch, len(part)))
         return _held_out_metrics(parts)
 
     def samples(self, batch: TensorDictBase, count: int = 4) -> list[dict[str, object]]:
@@ -99,23 +109,34 @@ class Task:
 
     def save_policy(self, folder: Path) -> None:
         """Write the policy and its tokenizer as transformers loads them; of LoRA the adapter, or merged."""
-        model = self.policy.model
-        if self.settings.lora_rank and self.settings.merge:
+        model, adapter = self.policy.model, bool(self.settings.lora_rank)
+        # Every rank takes part in making the weights whole; the first one writes.
+        weights = None if adapter else self.engine.state_dict(self.policy)
+        if not ranks.is_main():
+            return
+        if adapter and self.settings.merge:
             model.lora.save_merged("policy", folder)
             self.tokenizer.save_pretrained(folder)
         else:
-            save_model(model, self.tokenizer, folder)
+            named = weights and {key.removeprefix("model."): value for key, value in weights.items()}
+            save_model(model, self.tokenizer, folder, weights=named)
 
     def _sample(self, prompts: Prompts, rows: list[int], step: int) -> TensorDictBase:
-        seeds = [row_seed(self.settings.seed, step, row) for row in range(len(rows))]
         starts = pad_prompts([prompts[row] for row in rows], self.end_id)
         if any(isinstance(reward, RetokenizedReward) for reward in self.rewards):
             starts["messages"] = NonTensorStack(*[prompts.messages[row] for row in rows])
-        return rollout(self.policy, starts, self.sampling, eos_id=self.end_id, seeds=seeds)
+        mine = ranks.rows_of_rank(len(rows))
+        seeds = [row_seed(self.settings.seed, step, row) for row in mine]
+        starts = ranks.share(starts).to(self.engine.device)
+        with self.engine.generating(self.policy):
+            return rollout(self.policy, starts, self.sampling, eos_id=self.end_id, seeds=seeds)
 
 
-def load_task(settings: PPOSettings, *, policy: str, reward: str) -> Task:
+def load_task(settings: PPOSettings, engine: Engine | None = None, *, policy: str, reward: str) -> Task:
     """Load what ``settings`` names; ``policy`` and ``reward`` are folders or Hub ids.
+
+    Reference and reward models are placed by ``engine`` (the local one if not given), policy and critic are
+    when ``engine.optimizer`` makes them ready to train.
 
     Policy and reference start from ``policy``, critic and reward model from ``reward`` (details 8, 9).
 
@@ -125,8 +146,9 @@ def load_task(settings: PPOSettings, *, policy: str, reward: str) -> Task:
         ValueError: no prompts are given for a policy of the user's own; fewer prompts than held out; a model
             has fewer embedding rows than its tokenizer has tokens; LoRA and ``train_layers`` together.
     """
+    engine = engine or LocalEngine()
     tokenizer = load_tokenizer(policy)
-    if settings.policy != "sandbox":
+    if settings.policy != "sandbox" and ranks.is_main():
         _say_memory(settings, policy, reward)
     actor, reference, critic, score = _load_models(settings, tokenizer, policy, reward)
     rewards: list[TensorDictModuleBase] = [score]
@@ -138,7 +160,8 @@ def load_task(settings: PPOSettings, *, policy: str, reward: str) -> Task:
     else:
         prompts, held_out = _split(_read(settings, tokenizer), settings.held_out)
     sampling = Sampling(settings.max_new_tokens, settings.top_p, settings.top_k, settings.repetition_penalty)
-    if not sampling.rescorable:
+    engine.place(reference, *rewards)
+    if not sampling.rescorable and ranks.is_main():
         logger.warning(
             "sampling and scoring differ: top_p %s, top_k %s, repetition_penalty %s shape what is drawn, not "
             "the log-probabilities; KL and ratio are estimates under another one: KL can be negative",
@@ -158,6 +181,7 @@ def load_task(settings: PPOSettings, *, policy: str, reward: str) -> Task:
         sampling=sampling,
         end_id=end_of_turn_id(tokenizer),
         settings=settings,
+        engine=engine,
     )
 
 

@@ -20,7 +20,7 @@ from reward_model import sandbox_models
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictSequential
 
-from ppo_kit.engine import step_together
+from ppo_kit.engine import Stateful, start_engine
 from ppo_kit.modules import (
     GAE,
     ClippedSurrogate,
@@ -31,12 +31,11 @@ from ppo_kit.modules import (
     PlaceScore,
     ScoreClip,
     ScoreNormalize,
-    micro_batches,
     minibatches,
     total_loss,
 )
 from ppo_kit.monitor import Averages, Stopwatch, check_first_ratio, rollout_metrics
-from ppo_kit.run import PPOSettings, Run, Stateful, check_finite
+from ppo_kit.run import PPOSettings, Run, check_finite
 from ppo_kit.task import load_task
 
 
@@ -59,8 +58,9 @@ class PPOMax(PPOSettings):
 
 
 def main(cfg: PPOMax) -> int:
-    run = Run(cfg, "ppo_max")
-    task = load_task(cfg, **sandbox_models(cfg))
+    engine = start_engine(cfg)
+    run = Run(cfg, "ppo_max", engine)
+    task = load_task(cfg, engine, **sandbox_models(cfg))
     policy, critic = task.policy, task.critic
 
     score_norm, kl_penalty = ScoreNormalize(), KLPenalty(cfg.kl_coef)
@@ -71,9 +71,9 @@ def main(cfg: PPOMax) -> int:
     losses = Objective(ClippedSurrogate(clip=cfg.clip), value_loss)
     ptx_loss = LanguageModelLoss(weight=cfg.ptx_coef)
 
-    policy_opt = cfg.optimizer(policy, cfg.lr, max_grad_norm=cfg.max_grad_norm)
+    policy_opt = cfg.optimizer(engine, policy, cfg.lr, max_grad_norm=cfg.max_grad_norm)
     critic_opt = cfg.optimizer(
-        critic, cfg.critic_lr, extra_steps=cfg.critic_pretrain_steps, max_grad_norm=cfg.max_grad_norm
+        engine, critic, cfg.critic_lr, extra_steps=cfg.critic_pretrain_steps, max_grad_norm=cfg.max_grad_norm
     )
     state: dict[str, Stateful] = {
         "policy": policy, "critic": critic, "policy_opt": policy_opt, "critic_opt": critic_opt, "shape": shape
@@ -81,7 +81,7 @@ def main(cfg: PPOMax) -> int:
 
     @torch.no_grad()
     def experience(batch: TensorDictBase) -> TensorDictBase:
-        check_finite(task.scorers(batch))  # ref_log_probs, old_values, score
+        batch = check_finite(task.score(batch))  # ref_log_probs, old_values, score; of all ranks
         score_norm.update(batch)
         return shape(batch)  # shaped_score, rewards, kl, advantages, returns
 
@@ -95,9 +95,9 @@ def main(cfg: PPOMax) -> int:
             for step in range(1 - cfg.critic_pretrain_steps, 1):
                 with run.guard(step, critic_opt):
                     for minibatch in cut(experience(task.rollout(step))):
-                        for piece in micro_batches(minibatch, cfg.micro_batch_size):
-                            total_loss(value_loss(critic(piece))).backward()
-                        step_together(minibatch, critic_opt)
+                        for piece in engine.micro_batches(minibatch, cfg.micro_batch_size):
+                            engine.backward(total_loss(value_loss(critic(piece))))
+                        engine.step(minibatch, critic_opt)
 
         for step in run.steps():
             with run.guard(step, policy_opt, critic_opt):
@@ -105,23 +105,24 @@ def main(cfg: PPOMax) -> int:
                 with watch("rollout"):
                     batch = task.rollout(step)
                 with watch("score"):
-                    experience(batch)
+                    batch = experience(batch)
                 with watch("train"):
                     for index, minibatch in enumerate(cut(batch)):
-                        for piece in micro_batches(minibatch, cfg.micro_batch_size):
+                        for piece in engine.micro_batches(minibatch, cfg.micro_batch_size):
                             check_finite(critic(policy(piece)))
                             if index == 0:
                                 check_first_ratio(piece, tolerance=cfg.ratio_tolerance)
                             out = check_finite(losses(piece), of=piece)
-                            total_loss(out).backward()
+                            engine.backward(total_loss(out))
                             averages.add_shares(out, piece)
                         if cfg.ptx_coef and task.ptx:
                             text = task.ptx.batch(policy_opt.steps, cfg.ptx_batch_size, cfg.seed)
-                            total_loss(ptx_loss(policy(text))).backward()
-                        grad_norm, _ = step_together(minibatch, policy_opt, critic_opt)
+                            for piece in engine.micro_batches(text, cfg.micro_batch_size):
+                                engine.backward(total_loss(ptx_loss(policy(piece))))
+                        grad_norm, _ = engine.step(minibatch, policy_opt, critic_opt)
                         averages.add({"grad_norm": grad_norm}, weight=1)
                 run.log(step, {
-                    **rollout_metrics(batch), **averages.means(), **watch.lap(batch),
+                    **rollout_metrics(batch), **averages.means(reduce=engine.reduce), **watch.lap(batch),
                     "lr": policy_opt.lr, "critic_lr": critic_opt.lr,
                     "kl_coef": float(kl_penalty.controller.coef),
                 })  # fmt: skip

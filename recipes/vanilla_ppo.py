@@ -19,19 +19,18 @@ from reward_model import sandbox_models
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictSequential
 
-from ppo_kit.engine import step_together
+from ppo_kit.engine import Stateful, start_engine
 from ppo_kit.modules import (
     GAE,
     ClippedSurrogate,
     Objective,
     PlaceScore,
     SquaredValueLoss,
-    micro_batches,
     minibatches,
     total_loss,
 )
 from ppo_kit.monitor import Averages, Stopwatch, check_first_ratio, rollout_metrics
-from ppo_kit.run import PPOSettings, Run, Stateful, check_finite
+from ppo_kit.run import PPOSettings, Run, check_finite
 from ppo_kit.task import load_task
 
 
@@ -41,13 +40,15 @@ class VanillaPPO(PPOSettings):
 
 
 def main(cfg: VanillaPPO) -> int:
-    run = Run(cfg, "vanilla_ppo")
-    task = load_task(cfg, **sandbox_models(cfg))
+    engine = start_engine(cfg)
+    run = Run(cfg, "vanilla_ppo", engine)
+    task = load_task(cfg, engine, **sandbox_models(cfg))
     policy, critic = task.policy, task.critic
 
     shape = TensorDictSequential(PlaceScore(in_keys=["score", "response_mask"]), GAE(cfg.gamma, cfg.lam))
     losses = Objective(ClippedSurrogate(clip=cfg.clip), SquaredValueLoss())
-    policy_opt, critic_opt = cfg.optimizer(policy, cfg.lr), cfg.optimizer(critic, cfg.critic_lr)
+    policy_opt = cfg.optimizer(engine, policy, cfg.lr)
+    critic_opt = cfg.optimizer(engine, critic, cfg.critic_lr)
     state: dict[str, Stateful] = {
         "policy": policy,
         "critic": critic,
@@ -57,7 +58,7 @@ def main(cfg: VanillaPPO) -> int:
 
     @torch.no_grad()
     def experience(batch: TensorDictBase) -> TensorDictBase:
-        return shape(check_finite(task.scorers(batch)))
+        return shape(check_finite(task.score(batch)))
 
     def cut(batch: TensorDictBase) -> Iterator[TensorDictBase]:
         order = run.generator("minibatches")
@@ -72,20 +73,20 @@ def main(cfg: VanillaPPO) -> int:
                 with watch("rollout"):
                     batch = task.rollout(step)
                 with watch("score"):
-                    experience(batch)
+                    batch = experience(batch)
                 with watch("train"):
                     for index, minibatch in enumerate(cut(batch)):
-                        for piece in micro_batches(minibatch, cfg.micro_batch_size):
+                        for piece in engine.micro_batches(minibatch, cfg.micro_batch_size):
                             check_finite(critic(policy(piece)))
                             if index == 0:
                                 check_first_ratio(piece, tolerance=cfg.ratio_tolerance)
                             out = check_finite(losses(piece), of=piece)
-                            total_loss(out).backward()
+                            engine.backward(total_loss(out))
                             averages.add_shares(out, piece)
-                        grad_norm, _ = step_together(minibatch, policy_opt, critic_opt)
+                        grad_norm, _ = engine.step(minibatch, policy_opt, critic_opt)
                         averages.add({"grad_norm": grad_norm}, weight=1)
                 run.log(step, {
-                    **rollout_metrics(batch), **averages.means(), **watch.lap(batch),
+                    **rollout_metrics(batch), **averages.means(reduce=engine.reduce), **watch.lap(batch),
                     "lr": policy_opt.lr, "critic_lr": critic_opt.lr, "kl_coef": 0.0,
                 })  # fmt: skip
                 run.sample(step, task.samples(batch), scores=batch["score"].tolist())

@@ -12,8 +12,8 @@ BELOW = {
     "functional": {"functional"},
     "modules": {"functional", "modules", "batch"},
     "data": {"data", "batch"},
-    "engine": {"engine"},
-    "models": {"functional", "modules", "data", "models", "batch"},
+    "engine": {"functional", "modules", "engine", "ranks"},
+    "models": {"functional", "modules", "data", "models", "batch", "ranks"},
     "monitor": {"functional", "modules", "monitor", "batch"},
 }
 """Package -> what of ours it may import. Packages that are not listed may import any but recipes."""
@@ -29,6 +29,8 @@ def imported(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             names.add(".".join([*base, node.module or ""]).rstrip("."))
+            if node.module == "ppo_kit":
+                names |= {f"ppo_kit.{alias.name}" for alias in node.names}
     return names
 
 

@@ -11,6 +11,7 @@ from tensordict import TensorDictBase
 from transformers import PreTrainedTokenizerBase
 
 from ppo_kit.data import Prompts, load_prompts
+from ppo_kit.engine import EngineSettings, LocalEngine
 from ppo_kit.models.load import load_tokenizer
 from ppo_kit.run.settings import PPOSettings
 from ppo_kit.task import Task, load_task
@@ -62,7 +63,10 @@ class Subject:
         """The run's cast, whose rollouts have ``ROWS`` rows."""
         settings = dataclasses.replace(self.settings, rollout_size=ROWS)
         with contextlib.redirect_stdout(io.StringIO()):  # standard output is the report's
-            return load_task(settings, policy=settings.policy, reward=settings.reward)
+            engine = LocalEngine(EngineSettings(device=settings.device))
+            task = load_task(settings, engine, policy=settings.policy, reward=settings.reward)
+        engine.place(task.policy, task.critic)
+        return task
 
     @cached_property
     def batch(self) -> TensorDictBase:

@@ -1,5 +1,17 @@
-"""How a step is run."""
+"""How a step is run: by plain torch, or by DeepSpeed over ranks."""
 
-from ppo_kit.engine.optimizer import NotFinite, Optimizer, Schedule, step_together
+from ppo_kit.engine.engine import Engine, Stateful, start_engine
+from ppo_kit.engine.local import LocalEngine
+from ppo_kit.engine.optimizer import NotFinite, Optimizer, Schedule
+from ppo_kit.engine.settings import EngineSettings
 
-__all__ = ["NotFinite", "Optimizer", "Schedule", "step_together"]
+__all__ = [
+    "Engine",
+    "EngineSettings",
+    "LocalEngine",
+    "NotFinite",
+    "Optimizer",
+    "Schedule",
+    "Stateful",
+    "start_engine",
+]

@@ -21,22 +21,23 @@ class NotFinite(FloatingPointError):
         self.batch = batch
 
 
-def step_together(batch: TensorDictBase, *optimizers: Optimizer) -> list[float]:
-    """``step`` of each optimizer, or of none: all gradients are looked at before the first weight moves.
+class AdamW(torch.optim.AdamW):
+    """torch's, which can be told to let a step pass, and says whether any has changed a weight."""
 
-    Returns:
-        The norms of the gradients before clipping.
+    idle = False
+    """Leave weights and states alone: what calls ``step`` then only throws its gradients away."""
+    moved = False
+    """Whether a step has changed a weight yet."""
 
-    Raises:
-        NotFinite: a norm is not finite; it carries ``batch``, which the losses were computed from.
-    """
-    try:
-        norms = [optimizer.clip() for optimizer in optimizers]
-    except NotFinite as error:
-        raise NotFinite(str(error), batch) from None
-    for optimizer, norm in zip(optimizers, norms, strict=True):
-        optimizer.move(norm)
-    return norms
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        if self.idle:
+            return None
+        weights = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        before = None if self.moved else [p.detach().clone() for p in weights]
+        out = super().step(closure)
+        if before is not None:
+            self.moved = any(not torch.equal(old, new) for old, new in zip(before, weights, strict=True))
+        return out
 
 
 class Optimizer:
@@ -80,9 +81,8 @@ class Optimizer:
             raise ValueError(f"max_grad_norm: got {max_grad_norm}, needs a number above 0, or None")
         self.name = type(module).__name__
         self.max_grad_norm = max_grad_norm
-        self.adamw = torch.optim.AdamW(
-            self.parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=True
-        )
+        self.adamw = AdamW(self.parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+        self._norm = math.nan
         warm = max(1, round(warmup * steps))
 
         def factor(done: int) -> float:
@@ -112,37 +112,41 @@ class Optimizer:
         Raises:
             NotFinite: the norm is not finite. The weights are untouched.
         """
-        norm = self.clip()
-        self.move(norm)
-        return norm
+        self.clip()
+        return self.move()
 
-    def clip(self) -> float:
-        """The first half of ``step``: clip; returns the norm before. Raises as ``step``."""
+    def clip(self) -> None:
+        """The first half of ``step``: look at the gradients, and clip them. Raises as ``step``."""
         limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
-        if not math.isfinite(norm):
+        self._norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+        if not math.isfinite(self._norm):
             raise NotFinite(
-                f"{self.name}: gradient norm is {norm}; the step was not taken and the weights are untouched"
+                f"{self.name}: gradient norm is {self._norm}; the step was not taken and the weights are "
+                "untouched"
             )
-        return norm
 
-    def move(self, norm: float) -> None:
-        """The other half: step along clipped gradients of that norm, and clear them."""
-        before = [p.detach().clone() for p in self.parameters] if self.steps == 0 else None
+    def move(self) -> float:
+        """The other half: step along the clipped gradients and clear them; returns their norm before."""
+        first = self.steps == 0
         self.adamw.step()
         self.schedule.step()
         self.clear()
-        if before and all(torch.equal(old, new) for old, new in zip(before, self.parameters, strict=True)):
-            warnings.warn(
-                f"{self.name}: the first optimizer step changed no parameter (lr {self.lr:g}, "
-                f"{self.parameters[0].dtype}, gradient norm {norm:g}); bfloat16 weights round small steps "
-                "away, float32 master weights do not",
-                stacklevel=3,
-            )
+        if first:
+            self._warn_if_still(moved=self.adamw.moved)
+        return self._norm
 
     def clear(self) -> None:
         """Throw the gradients away."""
         self.adamw.zero_grad(set_to_none=True)
+
+    def _warn_if_still(self, *, moved: bool) -> None:
+        if not moved:
+            warnings.warn(
+                f"{self.name}: the first optimizer step changed no parameter (lr {self.lr:g}, "
+                f"{self.parameters[0].dtype}, gradient norm {self._norm:g}); bfloat16 weights round small "
+                "steps away, float32 master weights do not",
+                stacklevel=4,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         return {"adamw": self.adamw.state_dict(), "schedule": self.schedule.state_dict()}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ppo_kit
+from ppo_kit import ranks
 
 
 def cache_folder() -> Path:
@@ -30,11 +31,18 @@ def cached(name: str, build: Callable[[Path], None], *, fresh: bool = False) -> 
     """The folder ``name`` of the cache; ``build(folder)`` fills it when it is missing or ``fresh``.
 
     It is built beside its place and renamed when complete, so a build that was interrupted leaves nothing
-    that a later run would take for whole.
+    that a later run would take for whole. Where there are several ranks, all have to call this; the first one
+    of each machine builds.
     """
     folder = cache_folder() / name
-    if folder.exists() and not fresh:
-        return folder
+    # On every rank, whether the folder exists or not: a rank that looked earlier may have seen it missing.
+    with ranks.first_on_node() as first:
+        if not folder.exists() or (fresh and first):
+            _build(folder, build)
+    return folder
+
+
+def _build(folder: Path, build: Callable[[Path], None]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -44,4 +52,3 @@ def cached(name: str, build: Callable[[Path], None], *, fresh: bool = False) -> 
         building.rename(folder)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    return folder

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -72,8 +73,14 @@ def load_scalar_model(name: str, *, dtype: torch.dtype = torch.float32) -> PreTr
     return model
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write both to ``folder`` as plain transformers loads them.
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    weights: dict[str, Tensor] | None = None,
+) -> None:
+    """Write both to ``folder`` as plain transformers loads them; ``weights`` stand in for the model's own.
 
     Transformers' sequence classifiers read the last token that is not the pad token. Where that is the token
     that ends an answer, a reward model is saved with another special token for padding (and a warning where
@@ -83,7 +90,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         tokenizer = _with_own_pad(tokenizer)
         model.config.pad_token_id = tokenizer.pad_token_id
     with _quiet(str(folder.parent)):
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, **({} if weights is None else {"state_dict": weights}))
         tokenizer.save_pretrained(folder)
 
 

@@ -167,6 +167,18 @@ class AdaptedModel(nn.Module):
         self.lora.use(self.name)
         return self.lora.model(**inputs)
 
+    def gradient_checkpointing_enable(self, **settings: Any) -> None:
+        self.lora.model.gradient_checkpointing_enable(**settings)
+
+    def train(self, mode: bool = True) -> AdaptedModel:
+        self.lora.model.train(mode)
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> AdaptedModel:
+        # The base is no submodule, and goes where its adapter goes.
+        self.lora.model._apply(fn)
+        return super()._apply(fn, recurse)
+
     def save_pretrained(self, folder: Path) -> None:
         """Write the adapter; ``lora.save_merged`` writes a plain model."""
         if self.name is None:

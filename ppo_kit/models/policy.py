@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch
 from tensordict import NestedKey
@@ -15,11 +15,49 @@ from ppo_kit.models.sequence import join
 from ppo_kit.modules.base import BatchModule
 
 
-class Policy(BatchModule):
+class ModelModule(BatchModule):
+    """A batch module with a model in it, whose forward an engine may wrap.
+
+    Args:
+        model: dropout is switched off: with it the first ratio is not 1.
+        dtype: what it computes in (``torch.autocast``), torch.float32 or torch.bfloat16.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, *, dtype: torch.dtype, out_keys: Sequence[NestedKey] | None = None
+    ) -> None:
+        super().__init__(out_keys=out_keys)
+        self.model = model
+        self.dtype = checked_dtype(dtype)
+        disable_dropout(model)
+        self.wrapped: Callable[..., Any] | None = None
+
+    @property
+    def network(self) -> nn.Module:
+        """All that the model computes here, as one module."""
+        return self.model
+
+    def wrap(self, call: Callable[..., Any] | None) -> None:
+        """Compute through ``call`` from now on: ``network`` in a DeepSpeed engine, torch.compile, DDP; None
+        goes back. Parameters and state stay those of ``model``, under the same names.
+        """
+        # A bound method, so that the wrapper is not registered as a second copy of the model.
+        self.wrapped = call.__call__ if isinstance(call, nn.Module) else call
+
+    def call(self, **inputs: Any) -> Any:
+        """``network``, or what wraps it."""
+        return (self.wrapped or self.network)(**inputs)
+
+    def autocast(self) -> torch.autocast:
+        """The context in which the model computes in ``dtype``."""
+        return autocast(self.model, self.dtype)
+
+
+class Policy(ModelModule):
     r"""``log_probs`` and ``entropy`` of the response tokens under a causal language model.
 
     log π(y_t | x, y_<t) at temperature τ is log softmax(z_t / τ)[y_t], with z_t the float32 logits at
-    position P-1+t, the state before token t. Dropout is switched off: with it the first ratio is not 1.
+    position P-1+t, the state before token t.
 
     Args:
         model: any ``AutoModelForCausalLM``.
@@ -44,25 +82,18 @@ class Policy(BatchModule):
         entropy_grad: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__()
+        super().__init__(model, dtype=dtype)
         if not temperature > 0:
             raise ValueError(f"temperature: got {temperature}, needs a number above 0")
-        self.model = model
         self.temperature = temperature
         self.entropy_grad = entropy_grad
-        self.dtype = checked_dtype(dtype)
-        disable_dropout(model)
-
-    def autocast(self) -> torch.autocast:
-        """The context in which the model computes in ``dtype``."""
-        return autocast(self.model, self.dtype)
 
     def logits(self, *inputs: Tensor) -> Tensor:
         """Float32 logits over τ of the states before each response token, [B,T,V]."""
         ids, mask, positions = join(*inputs)
         width = inputs[2].shape[1]
         with self.autocast():
-            logits = self.model(
+            logits = self.call(
                 input_ids=ids,
                 attention_mask=mask,
                 position_ids=positions,

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from tensordict import NestedKey
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ppo_kit.models.policy import autocast, checked_dtype, disable_dropout
+from ppo_kit.models.policy import ModelModule
 from ppo_kit.models.sequence import join
-from ppo_kit.modules.base import BatchModule
 
 
-class _Scalar(BatchModule):
+class TokenScalars(nn.Module):
+    """head(hidden) at every position, float32 [B,L]. The head computes in the dtype of its weights."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: Any) -> Tensor:
+        hidden = self.model.base_model(**inputs).last_hidden_state
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.model.score(hidden.to(self.model.score.weight.dtype)).squeeze(-1).float()
+
+
+class _Scalar(ModelModule):
     """A backbone and a linear head: one number for every position. ``dtype`` is that of ``Policy``; the head
     computes in that of its weights."""
 
@@ -27,24 +40,22 @@ class _Scalar(BatchModule):
         dtype: torch.dtype = torch.float32,
         out_keys: Sequence[NestedKey] | None = None,
     ) -> None:
-        super().__init__(out_keys=out_keys)
         if not isinstance(getattr(model, "score", None), nn.Linear) or model.score.out_features != 1:
             raise ValueError(
                 f"{type(self).__name__}: got {type(model).__name__}, needs an "
                 "AutoModelForSequenceClassification with one label (num_labels=1) and a Linear head 'score'"
             )
-        self.model = model
-        self.dtype = checked_dtype(dtype)
-        disable_dropout(model)
+        super().__init__(model, dtype=dtype, out_keys=out_keys)
+
+    @property
+    def network(self) -> nn.Module:
+        return TokenScalars(self.model)
 
     def scalars(self, *inputs: Tensor) -> Tensor:
         """head(hidden), float32, at all P+T positions: [B,P+T]."""
         ids, mask, positions = join(*inputs)
-        with autocast(self.model, self.dtype):
-            hidden = self.model.base_model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
-            ).last_hidden_state
-        return self.model.score(hidden.to(self.model.score.weight.dtype)).squeeze(-1).float()
+        with self.autocast():
+            return self.call(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
 
 
 class Critic(_Scalar):

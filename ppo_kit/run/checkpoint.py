@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +94,10 @@ def load_checkpoint(folder: Path) -> tuple[int, dict[str, Any]] | None:
     return _step(latest), state
 
 
-def restore_parts(parts: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-    """``load_state_dict`` of each part by name.
+def restore_parts(
+    parts: Mapping[str, Any], state: Mapping[str, Any], *, load: Callable[[Any, Any], None]
+) -> None:
+    """``load(part, its state)`` of each part by name.
 
     Raises ``CheckpointError`` when the checkpoint holds other parts, or one does not fit (what differs is in
     the text); some parts may be loaded by then.
@@ -104,7 +106,7 @@ def restore_parts(parts: Mapping[str, Any], state: Mapping[str, Any]) -> None:
         raise CheckpointError(f"parts: got {sorted(parts)}, the checkpoint holds {sorted(map(str, state))}")
     for name, part in parts.items():
         try:
-            part.load_state_dict(state[name])
+            load(part, state[name])
         except Exception as error:  # modules, optimizers and a user's own parts each raise their own
             raise CheckpointError(
                 f"{name}: the checkpoint's is another one's: {type(error).__name__}: {error}"

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
+from ppo_kit import ranks
 from ppo_kit.batch import SCHEMA
 from ppo_kit.engine.optimizer import NotFinite
 from ppo_kit.run.records import plain
@@ -34,7 +35,8 @@ def check_finite(batch: TensorDictBase, *, of: TensorDictBase | None = None) -> 
         of: the batch that a loss was computed from; it is what ``NotFinite`` carries.
 
     Raises:
-        NotFinite: with key, row and token of the first value that is not finite.
+        NotFinite: with key, row and token of the first value that is not finite; on every rank, where one of
+            them has such a value (they all have to call this).
 
     >>> mask = torch.tensor([[True, False]])
     >>> rewards = torch.tensor([[float("nan"), 0.0]])
@@ -46,9 +48,15 @@ def check_finite(batch: TensorDictBase, *, of: TensorDictBase | None = None) -> 
     """
     watched = list(_watched(batch))
     # One question to the device, not one a key.
-    if watched and bool(torch.stack([bad.any() for _, bad, _ in watched]).any()):
-        key, bad, valid = next(each for each in watched if each[1].any())
-        raise NotFinite(_describe(key, batch[key], bad, valid), of if of is not None else batch)
+    here = torch.stack([bad.any() for _, bad, _ in watched]).any() if watched else False
+    if ranks.any_rank(here):
+        text = None
+        if bool(here):
+            key, bad, valid = next(each for each in watched if each[1].any())
+            text = _describe(key, batch[key], bad, valid)
+            text = f"rank {ranks.rank()}: {text}" if ranks.world_size() > 1 else text
+        own = of if of is not None else batch
+        raise NotFinite(ranks.first_of(text) or "", own if text else None)
     return batch
 
 
@@ -82,8 +90,11 @@ class Faults:
                 optimizer.clear()
             self.count += 1
             place = "no batch was at hand"
-            if error.batch is not None:
-                file = write_fault(self.folder, step, error, self.settings)
+            writer = ranks.first_of(ranks.rank() if error.batch is not None else None)
+            if writer is not None:
+                file = self.folder / f"step-{step:06d}.safetensors"
+                if writer == ranks.rank():
+                    write_fault(file, step, error, self.settings)
                 place = f"look at the batch with: python -m ppo_kit.run replay {file}"
             if self.count > self.allowed:
                 raise NotFinite(
@@ -94,11 +105,10 @@ class Faults:
             self.note(f"step {step}: {error}; skipped ({self.count} of up to {self.allowed}); {place}")
 
 
-def write_fault(folder: Path, step: int, error: NotFinite, settings: object) -> Path:
+def write_fault(file: Path, step: int, error: NotFinite, settings: object) -> None:
     """Write the batch of ``error`` as safetensors, with step, error and settings in its metadata."""
     assert error.batch is not None
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"step-{step:06d}.safetensors"
+    file.parent.mkdir(parents=True, exist_ok=True)
     tensors = {
         str(key): value.detach().cpu().contiguous().clone()
         for key, value in error.batch.items()
@@ -108,7 +118,6 @@ def write_fault(folder: Path, step: int, error: NotFinite, settings: object) -> 
     metadata = {"step": str(step), "error": str(error), "settings": json.dumps(plain(settings))}
     save_file(tensors, temporary, metadata=metadata)
     os.replace(temporary, file)
-    return file
 
 
 def read_fault(file: Path) -> tuple[TensorDict, dict[str, Any]]:

@@ -10,10 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+from rich.console import Console
 
+from ppo_kit import ranks
+from ppo_kit.engine import Engine, LocalEngine, Stateful
 from ppo_kit.monitor.dashboard import draw_dashboard
 from ppo_kit.monitor.history import read_json
 from ppo_kit.monitor.metrics import METRICS
@@ -24,14 +27,6 @@ from ppo_kit.run.progress import Progress, before_and_after, files_written
 from ppo_kit.run.records import JsonLines, write_json
 from ppo_kit.run.signals import StopOnSignal
 
-
-class Stateful(Protocol):
-    """A module or an optimizer: anything with a state to save by name."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
-
-
 _OWN = {"torch", "cuda", "generators", "seconds", "faults"}
 
 
@@ -40,7 +35,7 @@ class Run:
 
     ::
 
-        run = Run(settings, name="ppo_max")       # folder, config.json, threads, seed
+        run = Run(settings, "ppo_max", engine)    # folder, config.json, threads, seed
         ...                                       # build models
         saved = run.load_checkpoint()             # None, or (step, state) with --resume
         with run:                                 # Ctrl-C ends the run after the current step
@@ -59,6 +54,9 @@ class Run:
     without. ``may_change`` names settings that a resumed run may set otherwise, beside steps, threads and the
     like. ``keep`` is the number of checkpoints kept; a setting ``keep`` comes first.
 
+    Where there are several ranks, each has a run of its own and calls the same methods; rank 0 writes and
+    talks, all end together when one gets a signal, and checkpoints hold what ``engine`` gathers from all.
+
     Constructing a run seeds torch's global generator with ``settings.seed`` and sets the number of threads.
 
     Attributes: ``folder``; ``interrupted`` (a signal asked the run to end); ``exit_code`` (0, or 128 + the
@@ -66,7 +64,13 @@ class Run:
     """
 
     def __init__(
-        self, settings: Settings, name: str, *, may_change: Sequence[str] = (), keep: int = 2
+        self,
+        settings: Settings,
+        name: str,
+        engine: Engine | None = None,
+        *,
+        may_change: Sequence[str] = (),
+        keep: int = 2,
     ) -> None:
         if settings.steps < 0 or settings.checkpoint_every < 0 or settings.threads < 1:
             raise ValueError(
@@ -75,19 +79,13 @@ class Run:
             )
         self.settings = settings
         self.keep = getattr(settings, "keep", keep)
-        config = describe(settings, name)
-        if settings.resume:
-            self.folder = resumed_folder(settings, name, Path("runs"), may_change=may_change)
-            # The record of how the run began stays; what is new since then stands beside it.
-            config = {**config, "resumed_from": read_json(self.folder / "config.json")}
-        else:
-            self.folder = new_folder(settings, name, Path("runs"))
-        write_json(self.folder / "config.json", config)
+        self.engine = engine or LocalEngine()
+        self.folder = self._folder(name, may_change)
         torch.set_num_threads(settings.threads)
         torch.manual_seed(settings.seed)
         self._metrics = JsonLines(self.folder / "metrics.jsonl")
         self._samples = JsonLines(self.folder / "samples.jsonl")
-        self._progress = Progress(settings.steps)
+        self._progress = Progress(settings.steps, console=None if ranks.is_main() else Console(quiet=True))
         self._faults = Faults(
             self.folder / "faults",
             allowed=getattr(settings, "skip_faults", 0),
@@ -99,10 +97,28 @@ class Run:
         self._restored: dict[str, Any] | None = None
         self._last = 0
         self._due: bool | None = None
+        self._heard = False
         self._logged = 0
         self._not_finite: set[str] = set()
         self._seconds_before = 0.0
         self._started = time.monotonic()
+
+    def _folder(self, name: str, may_change: Sequence[str]) -> Path:
+        """Found or made by rank 0, with its config.json."""
+        folder = None
+        if ranks.is_main():
+            config = describe(self.settings, name)
+            config |= {"engine": self.engine.name, "ranks": ranks.world_size()}
+            if self.settings.resume:
+                folder = resumed_folder(self.settings, name, Path("runs"), may_change=may_change)
+                # The record of how the run began stays; what is new since then stands beside it.
+                config = {**config, "resumed_from": read_json(folder / "config.json")}
+            else:
+                folder = new_folder(self.settings, name, Path("runs"))
+            write_json(folder / "config.json", config)
+        found = ranks.first_of(folder)
+        assert found is not None, "rank 0 found a folder or raised"
+        return found
 
     def generator(self, name: str) -> torch.Generator:
         """The run's own CPU generator called ``name``, seeded from the run's seed and the name.
@@ -126,10 +142,18 @@ class Run:
         self._metrics.close()
         self._samples.close()
         self._signals.__exit__(kind, error, trace)
+        if kind is None:
+            self.engine.close()
 
     @property
     def interrupted(self) -> bool:
-        return self._signals.signum is not None
+        return self._heard if ranks.world_size() > 1 else self._signals.signum is not None
+
+    def _hear(self) -> bool:
+        """Whether a rank got a signal; all ranks ask at the same places, and so hear the same."""
+        self._signals.signum = self._signals.signum or ranks.first_of(self._signals.signum)
+        self._heard = self._signals.signum is not None
+        return self._heard
 
     @property
     def exit_code(self) -> int:
@@ -150,7 +174,7 @@ class Run:
             raise RuntimeError("resume is set: call load_checkpoint() and restore its state before steps()")
         if self._restored is not None:
             self._restore_randomness(self._restored)
-        if self.interrupted:
+        if self._hear():
             return
         self._progress.start(self._last + 1)
         for step in range(self._last + 1, self.settings.steps + 1):
@@ -158,7 +182,7 @@ class Run:
             yield step
             self._last = step
             # A signal after checkpoint_due said no waits a step, so that the last step is always saved.
-            if self.interrupted and self._due is not False:
+            if self._due is not False and self._hear():
                 break
         self._progress.stop()
 
@@ -183,8 +207,10 @@ class Run:
         if step <= self._logged:
             raise ValueError(f"step: got {step}, needs more than {self._logged}, the last one logged")
         values = {name: float(metrics[name]) for name in METRICS if name in metrics and name != "step"}
-        self._metrics.append({"step": step, **values})
         self._logged = step
+        if not ranks.is_main():
+            return
+        self._metrics.append({"step": step, **values})
         self._progress.update(step, values)
         for name, value in values.items():
             if not math.isfinite(value) and name not in self._not_finite:
@@ -200,6 +226,8 @@ class Run:
         ``scores`` are the raw scores of all responses of the step, from which the dashboard draws their
         distribution; without it, the ``score`` of each row. They are rounded to 4 digits after the point.
         """
+        if not ranks.is_main():
+            return
         if scores is None:
             scores = [row["score"] for row in rows if "score" in row]
         compact = [round(float(score), 4) for score in scores]
@@ -208,7 +236,7 @@ class Run:
     def checkpoint_due(self, step: int) -> bool:
         """Whether ``step`` is to be saved: every ``checkpoint_every`` steps, and the last step of the run."""
         every = self.settings.checkpoint_every
-        self._due = (every > 0 and step % every == 0) or step == self.settings.steps or self.interrupted
+        self._due = (every > 0 and step % every == 0) or step == self.settings.steps or self._hear()
         return self._due
 
     def save_checkpoint(self, step: int, state: Mapping[str, Any]) -> None:
@@ -224,9 +252,10 @@ class Run:
             "seconds": self._seconds(),
             "faults": self._faults.count,
         }
-        checkpoint.save_checkpoint(
-            self.folder / "checkpoints", step, {"state": dict(state), "run": own}, keep=self.keep
-        )
+        if ranks.is_main():
+            content = {"state": dict(state), "run": own}
+            checkpoint.save_checkpoint(self.folder / "checkpoints", step, content, keep=self.keep)
+        ranks.barrier()
 
     def load_checkpoint(self) -> tuple[int, dict[str, Any]] | None:
         """(step, state) to continue from, tensors on the CPU; None when the run does not resume.
@@ -245,13 +274,15 @@ class Run:
         self._seconds_before = content["run"]["seconds"]
         self._faults.count = content["run"]["faults"]
         self._last = self._logged = step
-        for file in (self._metrics, self._samples):
-            file.keep_until(step)
+        if ranks.is_main():
+            for file in (self._metrics, self._samples):
+                file.keep_until(step)
+        ranks.barrier()
         return step, content["state"]
 
     def save(self, step: int, parts: Mapping[str, Stateful]) -> None:
-        """``save_checkpoint`` of each part's ``state_dict()``, by name."""
-        self.save_checkpoint(step, {name: part.state_dict() for name, part in parts.items()})
+        """``save_checkpoint`` of each part's state, by name; over ranks, the engine makes it whole."""
+        self.save_checkpoint(step, {name: self.engine.state_dict(part) for name, part in parts.items()})
 
     def restore(self, parts: Mapping[str, Stateful]) -> bool:
         """Load what ``save`` saved into ``parts``; False when the run does not resume.
@@ -261,7 +292,7 @@ class Run:
         loaded = self.load_checkpoint()
         if loaded is None:
             return False
-        checkpoint.restore_parts(parts, loaded[1])
+        checkpoint.restore_parts(parts, loaded[1], load=self.engine.load_state_dict)
         return True
 
     def _restore_randomness(self, own: Mapping[str, Any]) -> None:
@@ -288,6 +319,8 @@ class Run:
             "interrupted": self.interrupted,
             "seconds": round(self._seconds(), 1),
         }
+        if not ranks.is_main():
+            return summary
         write_json(self.folder / "summary.json", summary)
         draw_dashboard(self.folder)
         self._progress.show_end(before_and_after(before, after), files_written(self.folder))

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from ppo_kit.data import OnBadRow
-from ppo_kit.engine import Optimizer, Schedule
+from ppo_kit.engine import Engine, EngineSettings, Optimizer, Schedule
 from ppo_kit.models.memory import Workload
 
 
@@ -28,8 +27,11 @@ class RunSettings:
 
 
 @dataclass(frozen=True)
-class PPOSettings(RunSettings):
-    """Models, data, sampling and the parts of PPO that are in every variant."""
+class PPOSettings(RunSettings, EngineSettings):
+    """Models, data, sampling and the parts of PPO that are in every variant.
+
+    Sizes are over all ranks, but for ``micro_batch_size``.
+    """
 
     resume: bool = False
     """Continue the run in --out (or the newest default folder) from its last checkpoint."""
@@ -61,8 +63,6 @@ class PPOSettings(RunSettings):
     off."""
     merge: bool = False
     """Save the policy with its adapter merged in, instead of the adapter alone."""
-    bf16: bool = False
-    """Compute in bfloat16 over float32 master weights."""
     skip_faults: int = 0
     """Steps that may be skipped because a loss, gradient, reward or log-prob was not finite; 0 stops at the
     first."""
@@ -72,7 +72,7 @@ class PPOSettings(RunSettings):
     minibatch_size: int = 32
     """Responses an optimizer step (report: 32)."""
     micro_batch_size: int = 32
-    """Responses a forward pass; smaller needs less memory and changes no gradient."""
+    """Responses a forward pass on each rank; smaller needs less memory and changes no gradient."""
     epochs: int = 1
     """Passes over each rollout."""
     max_new_tokens: int = 48
@@ -102,10 +102,6 @@ class PPOSettings(RunSettings):
     """ε of the clipped surrogate, Eq. 15 (report: 0.2)."""
 
     @property
-    def compute_dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.bf16 else torch.float32
-
-    @property
     def workload(self) -> Workload:
         """The sizes that the memory estimate needs."""
         sizes = {field.name: getattr(self, field.name) for field in fields(Workload) if field.name != "dtype"}
@@ -117,11 +113,17 @@ class PPOSettings(RunSettings):
         return 0.1 if self.bf16 else 0.01
 
     def optimizer(
-        self, module: nn.Module, lr: float, *, extra_steps: int = 0, max_grad_norm: float | None = None
+        self,
+        engine: Engine,
+        module: nn.Module,
+        lr: float,
+        *,
+        extra_steps: int = 0,
+        max_grad_norm: float | None = None,
     ) -> Optimizer:
         """AdamW with this run's warm-up and schedule; ``extra_steps`` are PPO steps before the first."""
         per_step = self.epochs * -(-self.rollout_size // self.minibatch_size)
-        return Optimizer(
+        return engine.optimizer(
             module,
             lr=lr,
             steps=max(1, (self.steps + extra_steps) * per_step),

@@ -212,7 +212,8 @@ def test_latest_of_any_text(saved, name):
 def test_fault_files_of_any_bytes(folder, data):
     mask = torch.tensor([[True, False]])
     batch = TensorDict({"response_mask": mask, "rewards": torch.zeros(1, 2)}, [1])
-    file = write_fault(folder / "faults", 1, NotFinite("rewards", batch), {"clip": 0.2})
+    file = folder / "faults/step-000001.safetensors"
+    write_fault(file, 1, NotFinite("rewards", batch), {"clip": 0.2})
     file.write_bytes(data.draw(damaged(file.read_bytes())))
     found = attempt("fault file", lambda: read_fault(file), ValueError)
     if isinstance(found, Refusal):

@@ -14,8 +14,7 @@ from tensordict import TensorDict
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from ppo_kit import task as tasks
-from ppo_kit.engine import Optimizer
-from ppo_kit.engine.optimizer import NotFinite, step_together
+from ppo_kit.engine import LocalEngine, NotFinite, Optimizer
 from ppo_kit.models import save_model
 from ppo_kit.modules import (
     GAE,
@@ -222,12 +221,12 @@ def test_no_optimizer_moves_where_one_cannot():
         for module, scale in zip(modules, (1.0, bad), strict=True):
             (module.weight.sum() * scale).backward()
         if bad == 1.0:
-            norms = step_together(batch, *optimizers)
+            norms = LocalEngine().step(batch, *optimizers)
             assert norms == pytest.approx([2**0.5] * 2)
             assert not any(torch.equal(b, m.weight) for b, m in zip(before, modules, strict=True))
         else:
             with pytest.raises(NotFinite, match="gradient norm is nan") as caught:
-                step_together(batch, *optimizers)
+                LocalEngine().step(batch, *optimizers)
             assert caught.value.batch is batch
             assert all(torch.equal(b, m.weight) for b, m in zip(before, modules, strict=True))
             for optimizer in optimizers:

@@ -1,0 +1,168 @@
+"""The engine seam: everything that a recipe needs to run a step, whatever it runs on."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+
+from ppo_kit import ranks
+from ppo_kit.engine.optimizer import NotFinite, Optimizer
+from ppo_kit.engine.settings import EngineSettings
+from ppo_kit.modules.minibatches import micro_batches, with_counts
+
+
+@runtime_checkable
+class Networked(Protocol):
+    """A module with a model in it, such as ``Policy``: ``network`` is what an engine may wrap."""
+
+    @property
+    def network(self) -> nn.Module: ...
+    @property
+    def model(self) -> Any: ...
+    @property
+    def wrapped(self) -> Callable[..., Any] | None: ...
+    def wrap(self, call: Callable[..., Any] | None) -> None: ...
+
+
+class Stateful(Protocol):
+    """A module or an optimizer: anything with a state to save by name."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
+
+
+class Engine(ABC):
+    """How a recipe runs a step::
+
+        engine = start_engine(cfg)
+        engine.place(reference, reward)                      # frozen models
+        policy_opt = engine.optimizer(policy, lr=..., steps=...)
+        with engine.generating(policy):
+            batch = rollout(policy, engine.share(prompts), ...)
+        for piece in engine.micro_batches(minibatch, 8):     # this rank's rows
+            engine.backward(total_loss(losses(policy(piece))))
+        norm, = engine.step(minibatch, policy_opt)
+        engine.close()
+
+    Batches, minibatches and metrics are global: every rank holds the whole of them and takes its rows where a
+    model computes. So a recipe says the same on one rank and on many, and statistics over a batch are over
+    all of it.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, settings: EngineSettings, device: torch.device) -> None:
+        self.settings, self.device = settings, device
+
+    @property
+    def rank(self) -> int:
+        return ranks.rank()
+
+    @property
+    def world_size(self) -> int:
+        return ranks.world_size()
+
+    @abstractmethod
+    def place(self, *modules: nn.Module) -> None:
+        """Put frozen models where they compute: on the device, or sharded over ranks."""
+
+    @abstractmethod
+    def optimizer(self, module: nn.Module, **settings: Any) -> Optimizer:
+        """Make ``module`` (policy, critic) ready to train, and its ``Optimizer`` of these settings."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of this rank's share of the loss; shares of ranks and micro-batches add up."""
+
+    @abstractmethod
+    def state_dict(self, part: Stateful) -> dict[str, Any]:
+        """The whole state of ``part``, in the one format of every engine; empty on ranks other than 0."""
+
+    @abstractmethod
+    def load_state_dict(self, part: Stateful, state: Mapping[str, Any]) -> None:
+        """Restore ``part`` from ``state``, which every rank has read.
+
+        Raises:
+            Exception: whatever the part raises where the state is another one's.
+        """
+
+    def close(self) -> None:  # noqa: B027
+        """Leave the other ranks in peace. Call it at the end of a run that went well."""
+
+    def micro_batches(self, minibatch: TensorDictBase, size: int) -> Iterator[TensorDictBase]:
+        """This rank's rows of a minibatch that all ranks hold, in pieces of ``size``, on the device.
+
+        Every rank gets as many pieces. Counts (``num_tokens``) are those of the whole minibatch.
+        """
+        counted = minibatch if "num_tokens" in minibatch else with_counts(minibatch.copy())
+        yield from micro_batches(ranks.share(counted).to(self.device), size)
+
+    def step(self, batch: TensorDictBase, *optimizers: Optimizer) -> list[float]:
+        """A step of each optimizer, or of none: all gradients are looked at before the first weight moves.
+
+        Returns:
+            The norms of the gradients before clipping, over all ranks.
+
+        Raises:
+            NotFinite: a gradient is not finite, on some rank; it carries ``batch``, the losses' own.
+        """
+        try:
+            for optimizer in optimizers:
+                optimizer.clip()
+        except NotFinite as error:
+            raise NotFinite(str(error), batch) from None
+        return [optimizer.move() for optimizer in optimizers]
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """The sum of ``x`` over ranks."""
+        return ranks.reduce(x)
+
+    @contextmanager
+    def generating(self, module: Networked) -> Iterator[None]:
+        """Sampling mode: no dropout, no gradient checkpointing (it would switch the cache off)."""
+        training = module.model.training
+        module.model.eval()
+        try:
+            yield
+        finally:
+            module.model.train(training)
+
+    def _checkpoint_activations(self, module: Networked) -> None:
+        if self.settings.gradient_checkpointing:
+            enable = getattr(module.model, "gradient_checkpointing_enable", None)
+            if enable is None:
+                raise ValueError(f"--gradient-checkpointing: {type(module.model).__name__} does not offer it")
+            enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            module.model.train()  # transformers checkpoints in training mode alone; dropout is 0
+
+
+def start_engine(settings: EngineSettings) -> Engine:
+    """The engine that ``settings`` name; under torchrun or deepspeed, this process as one of its ranks.
+
+    Raises:
+        ValueError: settings that exclude each other; several ranks for the local engine.
+        ModuleNotFoundError: deepspeed is asked for and not installed.
+    """
+    if settings.engine == "deepspeed":
+        from ppo_kit.engine.zero import DeepSpeedEngine
+
+        return DeepSpeedEngine(settings)
+    from ppo_kit.engine.local import LocalEngine
+
+    return LocalEngine(settings)
+
+
+def device_of(settings: EngineSettings) -> torch.device:
+    """The device that ``settings.device`` names for this process."""
+    if settings.device != "auto":
+        return torch.device(settings.device)
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

@@ -1,0 +1,37 @@
+"""The flags that say how a step is run: on what, by which engine, with what traded for memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How a step is run. None of it changes what is computed, but for rounding."""
+
+    engine: Literal["local", "deepspeed"] = "local"
+    """local: plain torch on one CPU or GPU. deepspeed: ZeRO, on as many ranks as torchrun or deepspeed start
+    (docs/scale.md)."""
+    device: str = "auto"
+    """Where models compute: auto (a GPU where there is one), cpu, cuda, cuda:1, …"""
+    bf16: bool = False
+    """Compute in bfloat16 over float32 master weights."""
+    gradient_checkpointing: bool = False
+    """Keep one activation a layer and recompute the rest in the backward pass: less memory, more time."""
+    compile: bool = False
+    """Compile training forwards with torch.compile; the local engine alone."""
+    zero_stage: Literal[0, 1, 2, 3] | None = None
+    """What DeepSpeed shards over ranks: 0 nothing, 1 optimizer states, 2 gradients too, 3 weights too, of
+    reference and reward model as well. Default 2, or what --deepspeed-config says."""
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """Keep optimizer states in the host's memory, or weights too (stage 3)."""
+    deepspeed_config: Path | None = None
+    """A DeepSpeed JSON of your own. Batch sizes, optimizer, schedule and clipping are the recipe's."""
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.bf16 else torch.float32
