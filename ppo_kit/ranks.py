@@ -7,9 +7,10 @@ that asks other ranks has to be called by all of them, in the same order.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -63,6 +64,21 @@ def first_of(value: T | None) -> T | None:
         found = [None] * world_size()
         dist.all_gather_object(found, value)
     return next((each for each in found if each is not None), None)
+
+
+def from_main(make: Callable[[], T]) -> T:
+    """What ``make()`` returns on rank 0, on every rank. Where it raises there, the others end quietly."""
+    if world_size() == 1:
+        return make()
+    made: list[Any] = [None, False]
+    try:
+        if is_main():
+            made = [make(), True]
+    finally:
+        dist.broadcast_object_list(made, src=0)
+    if not made[1]:
+        sys.exit(1)
+    return made[0]
 
 
 def barrier() -> None:

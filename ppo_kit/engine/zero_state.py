@@ -16,11 +16,12 @@ from ppo_kit import ranks
 
 
 def keep(value: Tensor) -> Tensor:
-    """A float32 copy in the host's memory, on the rank that writes; the others only took part."""
+    """A copy in the host's memory, bfloat16 as float32; on the rank that writes, the others only took part."""
     if not ranks.is_main():
         return torch.empty(0)
-    value = value.detach().cpu()
-    return value.float().clone() if value.is_floating_point() else value.clone()
+    return value.detach().to(
+        "cpu", torch.float32 if value.dtype == torch.bfloat16 else value.dtype, copy=True
+    )
 
 
 def whole_weights(module: nn.Module) -> dict[str, Tensor]:
@@ -74,4 +75,4 @@ def load_weights(module: nn.Module, state: Mapping[str, Any]) -> None:
             else:
                 value.copy_(new)
             if _has_master(value):
-                safe_set_full_fp32_param(value, new.float())
+                safe_set_full_fp32_param(value, new)

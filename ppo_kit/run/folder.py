@@ -41,8 +41,10 @@ class Settings(Placed, Protocol):
 
 MAY_CHANGE = frozenset(
     {"out", "resume", "steps", "threads", "checkpoint_every", "fresh", "skip_faults", "keep"}
+    | {"engine", "device", "zero_stage", "offload", "deepspeed_config", "micro_batch_size"}
+    | {"gradient_checkpointing", "compile"}
 )
-"""Settings that may differ between a run and its resumption."""
+"""Settings that may differ between a run and its resumption. The last two lines change rounding."""
 
 
 def new_folder(settings: Placed, name: str, root: Path) -> Path:

@@ -80,7 +80,7 @@ class Run:
         self.settings = settings
         self.keep = getattr(settings, "keep", keep)
         self.engine = engine or LocalEngine()
-        self.folder = self._folder(name, may_change)
+        self.folder = ranks.from_main(lambda: self._folder(name, may_change))
         torch.set_num_threads(settings.threads)
         torch.manual_seed(settings.seed)
         self._metrics = JsonLines(self.folder / "metrics.jsonl")
@@ -104,21 +104,17 @@ class Run:
         self._started = time.monotonic()
 
     def _folder(self, name: str, may_change: Sequence[str]) -> Path:
-        """Found or made by rank 0, with its config.json."""
-        folder = None
-        if ranks.is_main():
-            config = describe(self.settings, name)
-            config |= {"engine": self.engine.name, "ranks": ranks.world_size()}
-            if self.settings.resume:
-                folder = resumed_folder(self.settings, name, Path("runs"), may_change=may_change)
-                # The record of how the run began stays; what is new since then stands beside it.
-                config = {**config, "resumed_from": read_json(folder / "config.json")}
-            else:
-                folder = new_folder(self.settings, name, Path("runs"))
-            write_json(folder / "config.json", config)
-        found = ranks.first_of(folder)
-        assert found is not None, "rank 0 found a folder or raised"
-        return found
+        """The run's folder, found or made, with its config.json."""
+        config = describe(self.settings, name)
+        config |= {"engine": self.engine.name, "ranks": ranks.world_size()}
+        if self.settings.resume:
+            folder = resumed_folder(self.settings, name, Path("runs"), may_change=may_change)
+            # The record of how the run began stays; what is new since then stands beside it.
+            config = {**config, "resumed_from": read_json(folder / "config.json")}
+        else:
+            folder = new_folder(self.settings, name, Path("runs"))
+        write_json(folder / "config.json", config)
+        return folder
 
     def generator(self, name: str) -> torch.Generator:
         """The run's own CPU generator called ``name``, seeded from the run's seed and the name.
@@ -252,10 +248,9 @@ class Run:
             "seconds": self._seconds(),
             "faults": self._faults.count,
         }
-        if ranks.is_main():
-            content = {"state": dict(state), "run": own}
-            checkpoint.save_checkpoint(self.folder / "checkpoints", step, content, keep=self.keep)
-        ranks.barrier()
+        content = {"state": dict(state), "run": own}
+        folder = self.folder / "checkpoints"
+        ranks.from_main(lambda: checkpoint.save_checkpoint(folder, step, content, keep=self.keep))
 
     def load_checkpoint(self) -> tuple[int, dict[str, Any]] | None:
         """(step, state) to continue from, tensors on the CPU; None when the run does not resume.

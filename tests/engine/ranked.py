@@ -1,0 +1,129 @@
+"""One rank of the runs that test_ranks.py compares: ``torchrun ranked.py JOBS.json``, a list of jobs in turn.
+
+A job is ``{"recipe", "settings", "change", "ranks"}``; see CHANGES. Importable, so that a test can do the same
+job in its own process.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from tensordict.nn import TensorDictSequential
+
+from ppo_kit import ranks
+from ppo_kit import task as tasks
+from ppo_kit.engine import start_engine
+from ppo_kit.modules import GAE, AdaptiveKL, KLPenalty, Whiten
+from ppo_kit.rollout import Sampling, rollout
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
+import ppo_max  # noqa: E402
+import vanilla_ppo  # noqa: E402
+
+RECIPES = {
+    "ppo_max": (ppo_max.main, ppo_max.PPOMax),
+    "vanilla_ppo": (vanilla_ppo.main, vanilla_ppo.VanillaPPO),
+}
+PATHS = {"out", "prompts", "deepspeed_config"}
+
+
+def do(job: dict[str, Any]) -> int:
+    main, kind = RECIPES[job["recipe"]]
+    settings = {key: Path(value) if key in PATHS else value for key, value in job["settings"].items()}
+    with CHANGES[job.get("change", "none")]():
+        return main(kind(**settings))
+
+
+@contextmanager
+def none() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def statistics() -> Iterator[None]:
+    """A controller that follows the KL, and advantages whitened over the rollout."""
+
+    def whitened(*args: float) -> TensorDictSequential:
+        return TensorDictSequential(GAE(*args), Whiten())
+
+    def adaptive(coef: float) -> KLPenalty:
+        return KLPenalty(AdaptiveKL(coef, target=1e-4, horizon=50))
+
+    with mock.patch.multiple(ppo_max, GAE=whitened, KLPenalty=adaptive):
+        yield
+
+
+@contextmanager
+def faults() -> Iterator[None]:
+    """Row 3's log-probs are NaN in step 2, and their gradient in step 3: on one rank, where there are two."""
+
+    def load(*args: Any, **kwargs: Any) -> tasks.Task:
+        task = tasks.load_task(*args, **kwargs)
+        now = [0]
+        sample, score = task.rollout, task.score
+
+        def numbered(step: int) -> Any:
+            now[0] = step
+            return sample(step)
+
+        def with_rows(batch: Any) -> Any:
+            batch = score(batch)
+            batch["row"] = torch.arange(len(batch))
+            return batch
+
+        def spoil(module: Any, inputs: Any, batch: Any) -> Any:
+            if now[0] in (2, 3) and "row" in batch and bool((batch["row"] == 3).any()):
+                at = (batch["row"] == 3)[:, None] & batch["response_mask"]
+                if now[0] == 2:
+                    batch["log_probs"] = torch.where(at, float("nan"), batch["log_probs"])
+                else:
+                    batch["log_probs"].register_hook(lambda grad: torch.where(at, float("nan"), grad))
+            return batch
+
+        task.rollout, task.score = numbered, with_rows  # type: ignore[method-assign]
+        task.policy.register_forward_hook(spoil)
+        return task
+
+    with mock.patch.object(ppo_max, "load_task", load):
+        yield
+
+
+CHANGES = {"none": none, "statistics": statistics, "faults": faults}
+
+
+def lengths(job: dict[str, Any]) -> list[int]:
+    """The lengths of one response a rank, where rank 0's ends at its first token and the others go on."""
+    settings = ppo_max.PPOMax(
+        **{key: Path(value) if key in PATHS else value for key, value in job["settings"].items()}
+    )
+    engine = start_engine(settings)
+    task = tasks.load_task(settings, engine, policy=settings.policy, reward=settings.reward)
+    settings.optimizer(engine, task.policy, 1e-3)
+    prompts = tasks.pad_prompts([task.prompts[0]], task.end_id)
+    seeds = [[7, 8][ranks.rank()]]
+    first = rollout(task.policy, prompts, Sampling(1), eos_id=-1, seeds=seeds)["response_ids"][0, 0].item()
+    end = ranks.first_of(first if ranks.is_main() else None)
+    assert end is not None
+    batch = rollout(task.policy, prompts, Sampling(6), eos_id=int(end), seeds=seeds)
+    own = torch.zeros(ranks.world_size(), dtype=torch.int64)
+    own[ranks.rank()] = batch["response_mask"].sum()
+    return ranks.reduce(own).tolist()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    jobs = json.loads(Path(sys.argv[1]).read_text())
+    torch.distributed.init_process_group("gloo")
+    for number, job in enumerate(jobs):
+        result = lengths(job) if job["recipe"] == "lengths" else do(job)
+        if ranks.is_main():
+            print(f"JOB {number} {json.dumps(result)}", flush=True)
+    ranks.barrier()
+    torch.distributed.destroy_process_group()

@@ -1,0 +1,250 @@
+"""One run, on one rank and on two: the same numbers, for every ZeRO stage. Real processes, over gloo."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from ppo_kit.models import save_model
+from ppo_kit.sandbox import sandbox_config, sandbox_tokenizer
+from ppo_kit.sandbox.world import PROMPT_OF
+
+pytest.importorskip("deepspeed", reason="pip install 'ppo-kit[deepspeed]'")
+sys.path.insert(0, str(Path(__file__).parent))
+import ranked  # noqa: E402
+
+TIMINGS = {"tokens_per_second", "seconds_rollout", "seconds_score", "seconds_train"}
+TOLERANCE = 2e-5
+"""Relative and absolute, of metrics and of weights after five steps. Measured: see docs/scale.md."""
+RECIPES = Path(ranked.ppo_max.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def user(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Settings of a tiny run whose sizes no number of ranks divides."""
+    folder = tmp_path_factory.mktemp("user")
+    tokenizer = sandbox_tokenizer()
+    torch.manual_seed(0)
+    config = sandbox_config(tokenizer, hidden_size=16, layers=2)
+    save_model(AutoModelForCausalLM.from_config(config), tokenizer, folder / "policy")
+    config.num_labels = 1
+    save_model(AutoModelForSequenceClassification.from_config(config), tokenizer, folder / "reward")
+    rows = [json.dumps({"prompt": text}) + "\n" for text in list(PROMPT_OF)[:30]]
+    (folder / "prompts.jsonl").write_text("".join(rows))
+    return {
+        **{key: str(folder / key) for key in ("policy", "reward")},
+        "prompts": str(folder / "prompts.jsonl"),
+        "steps": 5,
+        "rollout_size": 7,
+        "minibatch_size": 3,
+        "micro_batch_size": 1,
+        "epochs": 2,
+        "max_new_tokens": 10,
+        "held_out": 5,
+        "critic_pretrain_steps": 2,
+        "lr": 1e-3,
+        "critic_lr": 1e-3,
+    }
+
+
+def job(user: dict[str, Any], out: Path, recipe: str = "ppo_max", change: str = "none", **extra: Any) -> dict:
+    return {"recipe": recipe, "change": change, "settings": {**user, "out": str(out), **extra}}
+
+
+def launch(command: list[str], ranks: int, folder: Path, **environment: str) -> subprocess.Popen[str]:
+    """``ranks`` processes of ``command``, as torchrun starts them; their output goes to ``folder``/log."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *command],
+        stdout=(folder / "log").open("w"),
+        stderr=subprocess.STDOUT,
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(folder / "compiled"),
+             **environment},
+        start_new_session=True,
+        text=True,
+    )  # fmt: skip
+
+
+def wait(process: subprocess.Popen[str], folder: Path, limit: float = 240) -> tuple[int, str]:
+    """(exit status, what was printed); a run that hangs is ended, and fails the test."""
+    try:
+        process.wait(limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        pytest.fail(f"no end after {limit} s; printed:\n{(folder / 'log').read_text()[-4000:]}")
+    return process.returncode, (folder / "log").read_text()
+
+
+def on_ranks(jobs: list[dict], folder: Path, ranks: int = 2) -> list[Any]:
+    """What the jobs return on ``ranks`` ranks."""
+    folder.mkdir(exist_ok=True)
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    status, log = wait(launch([ranked.__file__, str(folder / "jobs.json")], ranks, folder), folder)
+    assert status == 0, log[-6000:]
+    lines = [line.split(" ", 2)[2] for line in log.splitlines() if line.startswith("JOB ")]
+    assert len(lines) == len(jobs), log[-6000:]
+    assert not (folder / "compiled").exists(), "something was compiled"
+    return [json.loads(line) for line in lines]
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in TIMINGS} for row in rows]
+
+
+def difference(one: Path, two: Path) -> dict[str, float]:
+    """The largest differences of two runs, which have to have said the same things."""
+    for a, b in zip(*([path.read_text().splitlines() for path in (one / "samples.jsonl", two / "samples.jsonl")]),
+                    strict=True):  # fmt: skip
+        a, b = json.loads(a), json.loads(b)
+        assert [row["response"] for row in a["samples"]] == [row["response"] for row in b["samples"]]
+        assert a["scores"] == pytest.approx(b["scores"], abs=2e-4)  # rounded to four digits in the file
+    worst = 0.0
+    rows = list(zip(metrics(one), metrics(two), strict=True))
+    for a, b in rows:
+        assert a.keys() == b.keys()
+        for key in a:
+            worst = max(worst, abs(a[key] - b[key]) / max(1.0, abs(a[key])))
+    weights = [load_file(folder / "policy/model.safetensors") for folder in (one, two)]
+    assert weights[0].keys() == weights[1].keys()
+    off = max(float((weights[0][key] - weights[1][key]).abs().max()) for key in weights[0])
+    return {"metrics": worst, "weights": off, "steps": len(rows)}
+
+
+@pytest.fixture(scope="module")
+def alone(user: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runs of one process, by plain torch."""
+    folder = tmp_path_factory.mktemp("alone")
+    ranked.do(job(user, folder / "plain", checkpoint_every=3))
+    ranked.do(job(user, folder / "faults", change="faults", skip_faults=2))
+    ranked.do(job(user, folder / "statistics", change="statistics"))
+    return folder
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_ranks_are_one_run(user, alone, tmp_path, stage):
+    zero = {"engine": "deepspeed", "zero_stage": stage}
+    own = lambda name: tmp_path / f"{name}{stage}"  # noqa: E731
+    results = on_ranks(
+        [
+            job(user, own("plain"), **zero, checkpoint_every=3),
+            job(user, own("faults"), change="faults", skip_faults=2, **zero),
+            {"recipe": "lengths", "settings": {**user, **zero}},
+        ],
+        tmp_path / "log",
+    )
+    assert results[:2] == [0, 0]
+    assert results[2][0] == 1 < results[2][1], "rank 0 ended first, and nothing hung"
+    found = {name: difference(alone / name, own(name)) for name in ("plain", "faults")}
+    print(f"stage {stage}: {found}")
+    assert found["plain"]["steps"] == 5
+    assert found["faults"]["steps"] == 3
+    for each in found.values():
+        assert each["metrics"] < TOLERANCE
+        assert each["weights"] < TOLERANCE
+    (file, *more) = sorted((own("faults") / "faults").iterdir())
+    assert file.name == "step-000002.safetensors"
+    assert len(more) == 1
+
+
+def test_statistics_are_over_all_ranks(user, alone, tmp_path):
+    """KL controller, moments of the score and whitening, and three ranks."""
+    zero = {"engine": "deepspeed", "zero_stage": 2}
+    own = tmp_path / "statistics"
+    assert on_ranks([job(user, own, change="statistics", **zero)], tmp_path / "log", ranks=3) == [0]
+    found = difference(alone / "statistics", own)
+    assert max(found["metrics"], found["weights"]) < TOLERANCE
+    coefs = [row["kl_coef"] for row in metrics(own)]
+    assert len(set(coefs)) > 1, "the controller moved"
+
+
+def rewound(run: Path, to: Path) -> str:
+    """A copy of the run as it was when only its checkpoint of step 3 was there."""
+    shutil.copytree(run, to)
+    (to / "checkpoints/latest").write_text("step-000003\n")
+    shutil.rmtree(to / "checkpoints/step-000005")
+    shutil.rmtree(to / "policy")
+    return str(to)
+
+
+def test_a_checkpoint_knows_no_ranks(user, alone, tmp_path):
+    """Bit for bit on the same ranks and stage; else as close as the runs are."""
+
+    def zero(stage: int) -> dict[str, Any]:
+        return {"engine": "deepspeed", "zero_stage": stage}
+
+    whole = {stage: tmp_path / f"whole{stage}" for stage in (1, 3)}
+    on_ranks(
+        [job(user, out, checkpoint_every=3, **zero(stage)) for stage, out in whole.items()],
+        tmp_path / "first",
+    )
+    resumptions = {
+        "1 to 1": (whole[1], zero(1)),
+        "3 to 3": (whole[3], zero(3)),
+        "3 to 2": (whole[3], zero(2)),
+        "1 to 0": (whole[1], zero(0)),
+        "local to 3": (alone / "plain", zero(3)),
+    }
+    jobs = []
+    for name, (run, settings) in resumptions.items():
+        out = rewound(run, tmp_path / name)
+        jobs.append(job(user, Path(out), resume=True, checkpoint_every=3, **settings))
+    assert on_ranks(jobs, tmp_path / "second") == [0] * len(jobs)
+    out = rewound(whole[3], tmp_path / "3 to local")
+    assert ranked.do(job(user, Path(out), resume=True, checkpoint_every=3)) == 0
+
+    for name, (run, _) in {**resumptions, "3 to local": (whole[3], {})}.items():
+        found = difference(run, tmp_path / name)
+        print(name, found)
+        assert found["steps"] == 5
+        if name in ("1 to 1", "3 to 3"):
+            assert metrics(run) == metrics(tmp_path / name)
+            assert found["weights"] == 0
+        else:
+            assert max(found["metrics"], found["weights"]) < TOLERANCE
+
+
+def test_everything_else_runs_on_ranks(user, alone, tmp_path):
+    def zero(stage: int, **extra: Any) -> dict[str, Any]:
+        return {"engine": "deepspeed", "zero_stage": stage, "steps": 2, **extra}
+
+    (tmp_path / "own.json").write_text(
+        json.dumps(
+            {"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000}, "gradient_clipping": "auto"}
+        )
+    )
+    variants: dict[str, dict[str, Any]] = {
+        "optimizer in the host's memory": zero(2, offload="optimizer"),
+        "weights too": zero(3, offload="parameters"),
+        "recomputed activations": zero(3, gradient_checkpointing=True),
+        "top layers": zero(1, train_layers=1),
+        "top layers, sharded": zero(3, train_layers=1),
+        "adapters": zero(2, lora_rank=2),
+        "a JSON of their own": {"engine": "deepspeed", "steps": 2, "deepspeed_config": str(tmp_path / "own.json")},
+    }  # fmt: skip
+    jobs = [job(user, tmp_path / name, **settings) for name, settings in variants.items()]
+    own = {"engine", "zero_stage", "offload", "gradient_checkpointing", "deepspeed_config"}
+    assert on_ranks(jobs, tmp_path / "log") == [0] * len(jobs)
+    for name, settings in variants.items():
+        same = {key: value for key, value in settings.items() if key not in own}
+        ranked.do(job(user, tmp_path / f"{name}, alone", **same))
+        if "lora_rank" in settings:
+            assert metrics(tmp_path / name)[-1] == pytest.approx(
+                metrics(tmp_path / f"{name}, alone")[-1], rel=1e-4
+            )
+            continue
+        found = difference(tmp_path / f"{name}, alone", tmp_path / name)
+        print(name, found)
+        assert max(found["metrics"], found["weights"]) < TOLERANCE, name
