@@ -216,7 +216,7 @@ def _load_models(
 
 
 def _say_memory(settings: PPOSettings, policy: str, reward: str) -> None:
-    estimate = estimate_memory(policy, reward, work=settings.workload)
+    estimate = estimate_memory(policy, reward, work=settings.workload, sharding=settings.sharding)
     print(f"memory: {estimate}")
     if not estimate.fits:
         logger.warning(

@@ -25,7 +25,9 @@ MANY_TRUNCATED = 0.25
 def memory(subject: Subject) -> tuple[Level, str, str]:
     """The estimated peak fits what the machine has free."""
     settings = subject.settings
-    estimate = estimate_memory(settings.policy, settings.reward, work=settings.workload)
+    estimate = estimate_memory(
+        settings.policy, settings.reward, work=settings.workload, sharding=settings.sharding
+    )
     if not estimate.fits:
         return (
             "fail",

@@ -16,7 +16,7 @@ from ppo_kit import ranks
 
 
 def keep(value: Tensor) -> Tensor:
-    """A copy in the host's memory, bfloat16 as float32; on the rank that writes, the others only took part."""
+    """A copy in the host's memory, bfloat16 as float32; on the rank that writes, the others take part."""
     if not ranks.is_main():
         return torch.empty(0)
     return value.detach().to(

@@ -7,9 +7,12 @@ from pathlib import Path
 
 from torch import nn
 
+from ppo_kit import ranks
 from ppo_kit.data import OnBadRow
 from ppo_kit.engine import Engine, EngineSettings, Optimizer, Schedule
+from ppo_kit.engine.zero_config import zero_config
 from ppo_kit.models.memory import Workload
+from ppo_kit.models.sharding import Sharding
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,14 @@ class PPOSettings(RunSettings, EngineSettings):
         """The sizes that the memory estimate needs."""
         sizes = {field.name: getattr(self, field.name) for field in fields(Workload) if field.name != "dtype"}
         return Workload(**sizes, dtype=self.compute_dtype)
+
+    @property
+    def sharding(self) -> Sharding:
+        """What the memory estimate needs to know of the engine."""
+        if self.engine == "local":
+            return Sharding()
+        stage = zero_config(self)["zero_optimization"]["stage"]
+        return Sharding(ranks=ranks.world_size(), zero_stage=stage, offload=self.offload)
 
     @property
     def ratio_tolerance(self) -> float:

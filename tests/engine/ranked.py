@@ -1,7 +1,7 @@
 """One rank of the runs that test_ranks.py compares: ``torchrun ranked.py JOBS.json``, a list of jobs in turn.
 
-A job is ``{"recipe", "settings", "change", "ranks"}``; see CHANGES. Importable, so that a test can do the same
-job in its own process.
+A job is ``{"recipe", "settings", "change"}``; see CHANGES. Importable, so that a test can do the same job in
+its own process.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from ppo_kit.modules import GAE, AdaptiveKL, KLPenalty, Whiten
 from ppo_kit.rollout import Sampling, rollout
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
-import ppo_max  # noqa: E402
-import vanilla_ppo  # noqa: E402
+import ppo_max
+import vanilla_ppo
 
 RECIPES = {
     "ppo_max": (ppo_max.main, ppo_max.PPOMax),

@@ -23,7 +23,7 @@ from ppo_kit.sandbox.world import PROMPT_OF
 
 pytest.importorskip("deepspeed", reason="pip install 'ppo-kit[deepspeed]'")
 sys.path.insert(0, str(Path(__file__).parent))
-import ranked  # noqa: E402
+import ranked
 
 TIMINGS = {"tokens_per_second", "seconds_rollout", "seconds_score", "seconds_train"}
 TOLERANCE = 2e-5
@@ -65,8 +65,9 @@ def job(user: dict[str, Any], out: Path, recipe: str = "ppo_max", change: str = 
 
 def launch(command: list[str], ranks: int, folder: Path, **environment: str) -> subprocess.Popen[str]:
     """``ranks`` processes of ``command``, as torchrun starts them; their output goes to ``folder``/log."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *command],
+        [*torchrun, *command],
         stdout=(folder / "log").open("w"),
         stderr=subprocess.STDOUT,
         cwd=folder,
@@ -106,9 +107,8 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 def difference(one: Path, two: Path) -> dict[str, float]:
     """The largest differences of two runs, which have to have said the same things."""
-    for a, b in zip(*([path.read_text().splitlines() for path in (one / "samples.jsonl", two / "samples.jsonl")]),
-                    strict=True):  # fmt: skip
-        a, b = json.loads(a), json.loads(b)
+    lines = [(folder / "samples.jsonl").read_text().splitlines() for folder in (one, two)]
+    for a, b in (map(json.loads, pair) for pair in zip(*lines, strict=True)):
         assert [row["response"] for row in a["samples"]] == [row["response"] for row in b["samples"]]
         assert a["scores"] == pytest.approx(b["scores"], abs=2e-4)  # rounded to four digits in the file
     worst = 0.0
@@ -217,7 +217,7 @@ def test_a_checkpoint_knows_no_ranks(user, alone, tmp_path):
 
 
 def test_everything_else_runs_on_ranks(user, alone, tmp_path):
-    def zero(stage: int, **extra: Any) -> dict[str, Any]:
+    def zero(stage: int | None, **extra: Any) -> dict[str, Any]:
         return {"engine": "deepspeed", "zero_stage": stage, "steps": 2, **extra}
 
     (tmp_path / "own.json").write_text(
@@ -232,7 +232,7 @@ def test_everything_else_runs_on_ranks(user, alone, tmp_path):
         "top layers": zero(1, train_layers=1),
         "top layers, sharded": zero(3, train_layers=1),
         "adapters": zero(2, lora_rank=2),
-        "a JSON of their own": {"engine": "deepspeed", "steps": 2, "deepspeed_config": str(tmp_path / "own.json")},
+        "a JSON of their own": zero(None, deepspeed_config=str(tmp_path / "own.json")),
     }  # fmt: skip
     jobs = [job(user, tmp_path / name, **settings) for name, settings in variants.items()]
     own = {"engine", "zero_stage", "offload", "gradient_checkpointing", "deepspeed_config"}
@@ -248,3 +248,35 @@ def test_everything_else_runs_on_ranks(user, alone, tmp_path):
         found = difference(tmp_path / f"{name}, alone", tmp_path / name)
         print(name, found)
         assert max(found["metrics"], found["weights"]) < TOLERANCE, name
+
+
+def command(user: dict[str, Any], out: Path, **extra: Any) -> list[str]:
+    settings = {**user, "out": out, **extra}
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in settings.items()]
+    return [str(RECIPES / "ppo_max.py"), "--engine=deepspeed", *flags]
+
+
+def test_a_signal_ends_every_rank_after_the_same_step(user, tmp_path):
+    out = tmp_path / "run"
+    process = launch(command(user, out, steps=10_000), 2, tmp_path)
+    deadline = time.monotonic() + 120
+    while not ((out / "metrics.jsonl").exists() and len(metrics(out)) >= 2):
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.terminate()
+    _, log = wait(process, tmp_path, limit=60)
+    last = metrics(out)[-1]["step"]
+    assert f"Interrupted after step {last} of 10000" in log
+    assert (out / "checkpoints/latest").read_text() == f"step-{last:06d}\n"
+    assert (out / "policy/model.safetensors").exists()
+    assert json.loads((out / "summary.json").read_text())["interrupted"] is True
+
+
+def test_a_rank_that_fails_ends_the_others(user, tmp_path):
+    """And says why once: rank 0 finds that the folder is taken."""
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken/file").write_text("mine")
+    status, log = wait(launch(command(user, tmp_path / "taken"), 2, tmp_path), tmp_path, limit=60)
+    assert status != 0
+    assert log.count("taken exists and is not an empty folder") == 1

@@ -1,0 +1,182 @@
+"""One step of PPO played with models that hold no data: what it makes is counted, nothing is computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache
+
+from ppo_kit.models.load import freeze_below, model_source
+from ppo_kit.models.lora import LoRA
+from ppo_kit.models.policy import autocast, disable_dropout
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Sizes of a step; names and defaults are those of ``PPOSettings``."""
+
+    rollout_size: int = 64
+    minibatch_size: int = 32
+    micro_batch_size: int = 32
+    prompt_tokens: int = 512
+    max_new_tokens: int = 48
+    train_layers: int = -1
+    lora_rank: int = 0
+    gradient_checkpointing: bool = False
+    dtype: torch.dtype = torch.float32
+
+    def on_each_of(self, ranks: int) -> Workload:
+        """What a rank does of it."""
+        rows = {name: -(-getattr(self, name) // ranks) for name in ("rollout_size", "minibatch_size")}
+        return replace(self, **rows)
+
+
+class Cast:
+    """The models of a run, and what happens to them in a step, all without data."""
+
+    def __init__(self, policy: str, reward: str | None, work: Workload, dtype: torch.dtype) -> None:
+        """``dtype`` is that of the weights."""
+        self.work, self.dtype = work, dtype
+        self.weights: dict[str, tuple[int, str]] = {}
+        self._counted: set[int] = set()
+        self.policy = self._made("policy", _causal(policy, dtype))
+        self.reward = None
+        if work.lora_rank:
+            lora, self.reference = LoRA(self.policy, rank=work.lora_rank), self.policy
+            self.weights["reference"] = (0, "adapter off")
+            self.policy = self._made("policy adapter", lora.causal("policy"))
+            self.bases, on = [lora.model], "policy"
+            if reward is not None:
+                self.reward = self._made("reward model", _scalar(reward, dtype))
+                lora, on = LoRA(self.reward, rank=work.lora_rank), "reward model"
+                self.bases.append(lora.model)
+            self.critic = self._made("critic", lora.scalar("critic"), f"adapter on the {on}")
+        else:
+            self.reference = self._made("reference", _causal(policy, dtype))
+            self.critic = self._made("critic", _scalar(reward or policy, dtype))
+            self.bases = [self.policy, self.reference, self.critic]
+            if reward is not None:
+                self.reward = self._made("reward model", _scalar(reward, dtype))
+                self.bases.append(self.reward)
+            for model in (self.policy, self.critic):
+                freeze_below(model, work.train_layers)
+        if work.gradient_checkpointing:
+            for model in (self.policy, self.critic):
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    @property
+    def trainable(self) -> list[nn.Parameter]:
+        models = (self.policy, self.critic)
+        return [p for model in models for p in model.parameters() if p.requires_grad]
+
+    def imagine(self) -> None:
+        """Put tensors that have a device, though no data, in the place of the meta tensors of every model."""
+        made: dict[int, tuple[Tensor, Tensor]] = {}  # the old one is kept, or its id would be given again
+        for module in [m for model in (*self.bases, self.policy, self.critic) for m in model.modules()]:
+            for held in (module._parameters, module._buffers):
+                for name, old in held.items():
+                    if old is None or not old.is_meta:
+                        continue
+                    if id(old) not in made:
+                        new = torch.empty(old.shape, dtype=old.dtype)
+                        is_weight = isinstance(old, nn.Parameter)
+                        made[id(old)] = (old, nn.Parameter(new, old.requires_grad) if is_weight else new)
+                    held[name] = made[id(old)][1]
+
+    def _made(self, name: str, model: nn.Module, why: str = "") -> Any:
+        tensors = [x for x in (*model.parameters(), *model.buffers()) if id(x) not in self._counted]
+        self._counted.update(map(id, tensors))
+        disable_dropout(model)  # as Policy and Critic do; its masks would be counted
+        self.weights[name] = (sum(x.nbytes for x in tensors), why)
+        return model
+
+    @torch.no_grad()
+    def sample(self) -> None:
+        work, rows = self.work, self.work.rollout_size
+        self.policy.eval()
+        cache = DynamicCache()
+        with autocast(self.policy, work.dtype):
+            logits = self.policy(
+                **_inputs(rows, work.prompt_tokens), past_key_values=cache, use_cache=True, logits_to_keep=1
+            ).logits
+            rest = (work.prompt_tokens + work.max_new_tokens) / work.prompt_tokens - 1
+            grown = [
+                torch.empty(int(rest * x.nbytes), dtype=torch.uint8)
+                for layer in cache.layers
+                for x in (layer.keys, layer.values)
+            ]
+            last = logits[:, -1].float()
+            cumulative = torch.softmax(last.double(), -1).cumsum(-1)
+            del cumulative, grown
+
+    @torch.no_grad()
+    def score(self) -> None:
+        rows = self.work.rollout_size
+        self._log_probs(self.reference, rows, entropy=False)
+        self._scalars(self.critic, rows)
+        if self.reward is not None:
+            self._scalars(self.reward, rows)
+
+    def train(self, *, keep_gradients: bool) -> None:
+        """One optimizer step's micro-batches; ZeRO takes gradients away as they come."""
+        rows = min(self.work.micro_batch_size, self.work.minibatch_size)
+        for model in (self.policy, self.critic):
+            model.train(self.work.gradient_checkpointing)
+        if not keep_gradients:
+            for parameter in self.trainable:
+                parameter.register_post_accumulate_grad_hook(_drop)
+        for _ in range(2 if self.work.micro_batch_size < self.work.minibatch_size else 1):
+            log_probs = self._log_probs(self.policy, rows, entropy=True)
+            values = self._scalars(self.critic, rows)
+            (log_probs.sum() + values.sum()).backward()
+            del log_probs, values
+        for parameter in self.trainable:
+            parameter.grad = None
+
+    def _log_probs(self, model: Any, rows: int, *, entropy: bool) -> Tensor:
+        """As ``Policy`` and ``functional`` compute them, without their checks: those look at data."""
+        work = self.work
+        with autocast(model, work.dtype):
+            logits = model(
+                **_inputs(rows, work.prompt_tokens + work.max_new_tokens),
+                use_cache=False,
+                logits_to_keep=work.max_new_tokens + 1,
+            ).logits[:, :-1]
+        logits = logits.float() / 1.0
+        ids = torch.zeros(rows, work.max_new_tokens, 1, dtype=torch.int64)
+        log_probs = logits.log_softmax(-1).gather(-1, ids)
+        if entropy:
+            with torch.no_grad():
+                log_p = logits.log_softmax(-1)
+                surprise = torch.where(log_p != -torch.inf, -log_p, 0.0)
+                (log_p.exp() * surprise).sum(-1)
+        return log_probs
+
+    def _scalars(self, model: Any, rows: int) -> Tensor:
+        with autocast(model, self.work.dtype):
+            hidden = model.base_model(
+                **_inputs(rows, self.work.prompt_tokens + self.work.max_new_tokens), use_cache=False
+            ).last_hidden_state
+        return model.score(hidden.to(self.dtype))
+
+
+def _drop(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def _inputs(rows: int, length: int) -> dict[str, Tensor]:
+    ids = torch.zeros(rows, length, dtype=torch.int64)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": ids}
+
+
+def _causal(name: str, dtype: torch.dtype) -> nn.Module:
+    config = AutoConfig.from_pretrained(model_source(name))
+    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def _scalar(name: str, dtype: torch.dtype) -> nn.Module:
+    config = AutoConfig.from_pretrained(model_source(name), num_labels=1)
+    return AutoModelForSequenceClassification.from_config(config, dtype=dtype)
