@@ -29,6 +29,7 @@ class Networked(Protocol):
     @property
     def wrapped(self) -> Callable[..., Any] | None: ...
     def wrap(self, call: Callable[..., Any] | None) -> None: ...
+    def checkpoint_activations(self) -> None: ...
 
 
 class Stateful(Protocol):
@@ -133,14 +134,6 @@ class Engine(ABC):
             yield
         finally:
             module.model.train(training)
-
-    def _checkpoint_activations(self, module: Networked) -> None:
-        if self.settings.gradient_checkpointing:
-            enable = getattr(module.model, "gradient_checkpointing_enable", None)
-            if enable is None:
-                raise ValueError(f"--gradient-checkpointing: {type(module.model).__name__} does not offer it")
-            enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            module.model.train()  # transformers checkpoints in training mode alone; dropout is 0
 
 
 def start_engine(settings: EngineSettings) -> Engine:

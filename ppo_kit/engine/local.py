@@ -43,7 +43,8 @@ class LocalEngine(Engine):
     def optimizer(self, module: nn.Module, **settings: Any) -> Optimizer:
         self.place(module)
         if isinstance(module, Networked):
-            self._checkpoint_activations(module)
+            if self.settings.gradient_checkpointing:
+                module.checkpoint_activations()
             if self.settings.compile:
                 module.wrap(torch.compile(module.network, dynamic=True))
         return Optimizer(module, **settings)

@@ -62,7 +62,8 @@ class DeepSpeedEngine(Engine):
             raise ValueError(f"{type(module).__name__}: DeepSpeed trains a Policy or a Critic")
         _refuse_adapters(self.stage, [module])
         module.to(self.device)
-        self._checkpoint_activations(module)
+        if self.settings.gradient_checkpointing:
+            module.checkpoint_activations()
         return ZeroOptimizer(self, module, **settings)
 
     def backward(self, loss: Tensor) -> None:

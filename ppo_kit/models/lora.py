@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ppo_kit.models.policy import disable_dropout
+from ppo_kit.models.policy import checkpoint_activations, disable_dropout
 
 
 class LoRA:
@@ -167,8 +167,8 @@ class AdaptedModel(nn.Module):
         self.lora.use(self.name)
         return self.lora.model(**inputs)
 
-    def gradient_checkpointing_enable(self, **settings: Any) -> None:
-        self.lora.model.gradient_checkpointing_enable(**settings)
+    def activation_checkpointing_enable(self, settings: dict[str, Any]) -> None:
+        checkpoint_activations(self.lora.model)
 
     def train(self, mode: bool = True) -> AdaptedModel:
         self.lora.model.train(mode)

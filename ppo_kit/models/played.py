@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from ppo_kit.models.load import freeze_below, model_source
 from ppo_kit.models.lora import LoRA
-from ppo_kit.models.policy import autocast, disable_dropout
+from ppo_kit.models.policy import autocast, checkpoint_activations, disable_dropout
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Cast:
                 freeze_below(model, work.train_layers)
         if work.gradient_checkpointing:
             for model in (self.policy, self.critic):
-                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                checkpoint_activations(model)
 
     @property
     def trainable(self) -> list[nn.Parameter]:

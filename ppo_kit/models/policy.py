@@ -48,6 +48,10 @@ class ModelModule(BatchModule):
         """``network``, or what wraps it."""
         return (self.wrapped or self.network)(**inputs)
 
+    def checkpoint_activations(self) -> None:
+        """Recompute activations in the backward pass; see the function of this name."""
+        checkpoint_activations(self.model)
+
     def autocast(self) -> torch.autocast:
         """The context in which the model computes in ``dtype``."""
         return autocast(self.model, self.dtype)
@@ -139,6 +143,20 @@ def checked_dtype(dtype: torch.dtype) -> torch.dtype:
 def autocast(model: PreTrainedModel, dtype: torch.dtype) -> torch.autocast:
     """``torch.autocast`` to ``dtype`` on the model's device; off for float32."""
     return torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Keep one activation a layer and recompute the others in the backward pass.
+
+    It switches the cache of keys and values off while ``model`` is in training mode, where it is put here:
+    sample in evaluation mode. Raises ``ValueError`` where the model does not offer it.
+    """
+    for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):  # the older name last
+        if hasattr(model, name):
+            getattr(model, name)({"use_reentrant": False})
+            model.train()
+            return
+    raise ValueError(f"{type(model).__name__}: does not offer to recompute activations")
 
 
 def disable_dropout(model: nn.Module) -> None:

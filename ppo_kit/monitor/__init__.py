@@ -4,6 +4,7 @@ from ppo_kit.monitor.comparison import draw_comparison
 from ppo_kit.monitor.dashboard import draw_dashboard
 from ppo_kit.monitor.first_ratio import check_first_ratio
 from ppo_kit.monitor.metrics import METRICS, Averages, rollout_metrics
+from ppo_kit.monitor.report import write_report
 from ppo_kit.monitor.stopwatch import Stopwatch
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "draw_comparison",
     "draw_dashboard",
     "rollout_metrics",
+    "write_report",
 ]

@@ -145,6 +145,7 @@ def before_and_after(before: Mapping[str, float], after: Mapping[str, float]) ->
 
 _FILES = {
     "dashboard.png": "the run at a glance",
+    "report.html": "the same with samples, as one page to send",
     "summary.json": "the table above",
     "metrics.jsonl": "every metric of every step",
     "samples.jsonl": "sampled responses and all scores",

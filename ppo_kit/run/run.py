@@ -20,6 +20,7 @@ from ppo_kit.engine import Engine, LocalEngine, Stateful
 from ppo_kit.monitor.dashboard import draw_dashboard
 from ppo_kit.monitor.history import read_json
 from ppo_kit.monitor.metrics import METRICS
+from ppo_kit.monitor.report import write_report
 from ppo_kit.run import checkpoint
 from ppo_kit.run.faults import Clearable, Faults
 from ppo_kit.run.folder import Settings, describe, new_folder, resumed_folder
@@ -301,7 +302,7 @@ class Run:
         return self._seconds_before + time.monotonic() - self._started
 
     def finish(self, before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, Any]:
-        """Write summary.json and dashboard.png, print the table and where things are; return the summary.
+        """Write summary.json, dashboard.png and report.html; print and return the summary.
 
         ``before`` and ``after`` are averages on held-out prompts of the SFT and the trained policy.
         """
@@ -318,6 +319,7 @@ class Run:
             return summary
         write_json(self.folder / "summary.json", summary)
         draw_dashboard(self.folder)
+        write_report(self.folder)
         self._progress.show_end(before_and_after(before, after), files_written(self.folder))
         if self.interrupted:
             self._progress.note(

@@ -98,8 +98,8 @@ def test_a_run_leaves_behind_what_the_design_says(whole, recipe):
     folder = whole[recipe]
     names = {path.name for path in folder.iterdir()}
     assert names == {
-        "config.json", "metrics.jsonl", "summary.json", "samples.jsonl", "dashboard.png", "checkpoints",
-        "policy",
+        "config.json", "metrics.jsonl", "summary.json", "samples.jsonl", "dashboard.png", "report.html",
+        "checkpoints", "policy",
     }  # fmt: skip
     found = rows(folder)
     assert [row["step"] for row in found] == [1, 2, 3, 4]

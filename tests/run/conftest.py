@@ -6,17 +6,6 @@ from types import ModuleType
 import pytest
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: takes minutes; runs with -m slow")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if "slow" not in config.getoption("markexpr"):
-        for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="slow: runs with -m slow"))
-
-
 @pytest.fixture(scope="session")
 def toy() -> ModuleType:
     """``toy.py`` beside this file; the tests are no package to import it from."""
