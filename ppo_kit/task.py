@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,7 +149,8 @@ def load_task(settings: PPOSettings, engine: Engine | None = None, *, policy: st
     tokenizer = load_tokenizer(policy)
     if settings.policy != "sandbox" and ranks.is_main():
         _say_memory(settings, policy, reward)
-    actor, reference, critic, score = _load_models(settings, tokenizer, policy, reward)
+    with engine.loading():
+        actor, reference, critic, score = _load_models(settings, engine, tokenizer, policy, reward)
     rewards: list[TensorDictModuleBase] = [score]
     ptx = None
     if settings.policy == "sandbox":
@@ -186,16 +186,18 @@ def load_task(settings: PPOSettings, engine: Engine | None = None, *, policy: st
 
 
 def _load_models(
-    settings: PPOSettings, tokenizer: PreTrainedTokenizerBase, policy: str, reward: str
+    settings: PPOSettings, engine: Engine, tokenizer: PreTrainedTokenizerBase, policy: str, reward: str
 ) -> tuple[Policy, Reference, Critic, TensorDictModuleBase]:
     """Policy, reference, critic, and what writes the score."""
-    actor, scalar, its_tokenizer = load_causal_lm(policy), load_scalar_model(reward), load_tokenizer(reward)
+    weights = {"dtype": engine.weights_dtype}
+    actor, scalar = load_causal_lm(policy, **weights), load_scalar_model(reward, **weights)
+    its_tokenizer = load_tokenizer(reward)
     check_embeddings(actor, tokenizer, policy)
     check_embeddings(scalar, its_tokenizer, reward)
     score: TensorDictModuleBase | None = None
     if tokenizer.get_vocab() != its_tokenizer.get_vocab():
         score = RetokenizedReward(scalar.requires_grad_(False), its_tokenizer, tokenizer)
-        scalar = load_scalar_model(policy)
+        scalar = load_scalar_model(policy, **weights)
     if settings.lora_rank:
         if settings.train_layers >= 0:
             raise ValueError("--train-layers and --lora-rank exclude each other: LoRA trains every layer")
@@ -203,7 +205,9 @@ def _load_models(
         trained, frozen = adapters[0].causal("policy"), adapters[0].causal(None)
         valued, scored = adapters[1].scalar("critic"), adapters[1].scalar(None)
     else:
-        trained, frozen, valued, scored = actor, copy.deepcopy(actor), copy.deepcopy(scalar), scalar
+        # Read again, not copied: a model that was sharded while it was read cannot be.
+        trained, frozen, scored = actor, load_causal_lm(policy, **weights), scalar
+        valued = scalar if score else load_scalar_model(reward, **weights)
         for model in (trained, valued):
             freeze_below(model, settings.train_layers)
     dtype, temperature = settings.compute_dtype, settings.temperature

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -58,6 +58,8 @@ class Engine(ABC):
     """
 
     name: ClassVar[str]
+    sharded = False
+    """Whether weights are, so that a forward is one of all ranks."""
 
     def __init__(self, settings: EngineSettings, device: torch.device) -> None:
         self.settings, self.device = settings, device
@@ -69,6 +71,15 @@ class Engine(ABC):
     @property
     def world_size(self) -> int:
         return ranks.world_size()
+
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        """What to load weights as. Where it is bfloat16, the engine keeps float32 master weights."""
+        return torch.float32
+
+    def loading(self) -> AbstractContextManager[None]:
+        """Load models within it, by transformers: where weights are sharded, they are as they are read."""
+        return nullcontext()
 
     @abstractmethod
     def place(self, *modules: nn.Module) -> None:
@@ -127,13 +138,18 @@ class Engine(ABC):
 
     @contextmanager
     def generating(self, module: Networked) -> Iterator[None]:
-        """Sampling mode: no dropout, no gradient checkpointing (it would switch the cache off)."""
-        training = module.model.training
+        """Sampling mode: the plain forward where weights are whole (a compiled one would be compiled again for
+        every length of the cache), and no gradient checkpointing (it would switch the cache off).
+        """
+        training, wrapped = module.model.training, module.wrapped
         module.model.eval()
+        if not self.sharded:
+            module.wrap(None)
         try:
             yield
         finally:
             module.model.train(training)
+            module.wrap(wrapped)
 
 
 def start_engine(settings: EngineSettings) -> Engine:

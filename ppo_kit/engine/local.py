@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -48,15 +47,6 @@ class LocalEngine(Engine):
             if self.settings.compile:
                 module.wrap(torch.compile(module.network, dynamic=True))
         return Optimizer(module, **settings)
-
-    @contextmanager
-    def generating(self, module: Networked) -> Iterator[None]:
-        # A compiled forward would be compiled again for every length of the cache.
-        compiled = module.wrapped
-        module.wrap(None)
-        with super().generating(module):
-            yield
-        module.wrap(compiled)
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -38,18 +40,33 @@ class DeepSpeedEngine(Engine):
         device = device_of(settings)
         self.config = zero_config(settings)
         self.stage: int = self.config["zero_optimization"]["stage"]
-        self.half = "bf16" in self.config
+        self.sharded = self.stage == 3
         self._owner = _join(device)
         self.deepspeed = _import(device)
         super().__init__(settings, device)
+
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if "bf16" in self.config else torch.float32
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        if self.stage < 3:
+            yield
+            return
+        from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+        held = HfDeepSpeedConfig(self.config)  # transformers looks for it while it lives
+        try:
+            yield
+        finally:
+            unset_hf_deepspeed_config()
+            del held
 
     def place(self, *modules: nn.Module) -> None:
         for module in modules:
             inside = [each for each in module.modules() if isinstance(each, Networked)]
             _refuse_adapters(self.stage, inside)
-            if self.half:
-                for each in inside:
-                    each.model.to(torch.bfloat16)
             if self.stage < 3 or not inside:
                 module.to(self.device)
                 continue
@@ -61,7 +78,8 @@ class DeepSpeedEngine(Engine):
         if not isinstance(module, Networked):
             raise ValueError(f"{type(module).__name__}: DeepSpeed trains a Policy or a Critic")
         _refuse_adapters(self.stage, [module])
-        module.to(self.device)
+        if self.stage < 3:  # sharded weights are where they are to be
+            module.to(self.device)
         if self.settings.gradient_checkpointing:
             module.checkpoint_activations()
         return ZeroOptimizer(self, module, **settings)
@@ -242,6 +260,8 @@ def _import(device: torch.device) -> Any:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
+    # DeepSpeed calls collectives of torch by names that torch 2.13 is giving up.
+    warnings.filterwarnings("ignore", message=".*Please use `torch.distributed", category=FutureWarning)
     if device.type == "cpu":
         _skip_compiler()
     return deepspeed

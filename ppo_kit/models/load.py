@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,8 +70,18 @@ def load_scalar_model(name: str, *, dtype: torch.dtype = torch.float32) -> PreTr
             source, num_labels=1, dtype=dtype, output_loading_info=True
         )
     if any("score" in key for key in info["missing_keys"]):
-        torch.nn.init.zeros_(model.score.weight)
+        with _whole(model.score.weight):
+            torch.nn.init.zeros_(model.score.weight)
     return model
+
+
+def _whole(weight: torch.nn.Parameter) -> AbstractContextManager[Any]:
+    """Within it, a weight that DeepSpeed has sharded is whole, and rank 0's is kept."""
+    if not hasattr(weight, "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([weight], modifier_rank=0)
 
 
 def save_model(

@@ -20,7 +20,8 @@ def check_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     """
     needed = vocabulary_size(tokenizer)
     for side, layer in (("input", model.get_input_embeddings()), ("output", model.get_output_embeddings())):
-        rows = layer.weight.shape[0] if layer is not None else needed
+        # Weights that DeepSpeed has sharded say their shape elsewhere.
+        rows = getattr(layer.weight, "ds_shape", layer.weight.shape)[0] if layer is not None else needed
         if rows < needed:
             raise ValueError(
                 f"{name}: its tokenizer has {needed} tokens, the model {rows} {side} embedding rows; load "

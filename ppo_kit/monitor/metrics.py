@@ -170,5 +170,6 @@ class Averages:
         """
         if not self._sums:
             return {}
-        total, weight = reduce(torch.stack(list(self._sums.values()))).unbind(1)
+        # A float that was added is on the CPU, whatever the rest is on.
+        total, weight = reduce(torch.stack([each.cpu() for each in self._sums.values()])).unbind(1)
         return dict(zip(self._sums, (total / weight).tolist(), strict=True))

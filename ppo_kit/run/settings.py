@@ -30,7 +30,7 @@ class RunSettings:
 
 
 @dataclass(frozen=True)
-class PPOSettings(RunSettings, EngineSettings):
+class PPOSettings(EngineSettings, RunSettings):
     """Models, data, sampling and the parts of PPO that are in every variant.
 
     Sizes are over all ranks, but for ``micro_batch_size``.

@@ -98,8 +98,10 @@ def faults() -> Iterator[None]:
 CHANGES = {"none": none, "statistics": statistics, "faults": faults}
 
 
-def lengths(job: dict[str, Any]) -> list[int]:
-    """The lengths of one response a rank, where rank 0's ends at its first token and the others go on."""
+def lengths(job: dict[str, Any]) -> tuple[list[int], int]:
+    """The lengths of one response a rank, where rank 0's ends at its first token and the others go on; and how
+    many of the reference's weights a rank holds between forwards.
+    """
     settings = ppo_max.PPOMax(
         **{key: Path(value) if key in PATHS else value for key, value in job["settings"].items()}
     )
@@ -114,7 +116,7 @@ def lengths(job: dict[str, Any]) -> list[int]:
     batch = rollout(task.policy, prompts, Sampling(6), eos_id=int(end), seeds=seeds)
     own = torch.zeros(ranks.world_size(), dtype=torch.int64)
     own[ranks.rank()] = batch["response_mask"].sum()
-    return ranks.reduce(own).tolist()
+    return ranks.reduce(own).tolist(), sum(weight.numel() for weight in task.reference.parameters())
 
 
 if __name__ == "__main__":

@@ -41,8 +41,21 @@ def user(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     save_model(AutoModelForCausalLM.from_config(config), tokenizer, folder / "policy")
     config.num_labels = 1
     save_model(AutoModelForSequenceClassification.from_config(config), tokenizer, folder / "reward")
+    theirs = sandbox_tokenizer()
+    theirs.add_tokens(["hitherto"])
+    config.vocab_size += 1
+    save_model(AutoModelForSequenceClassification.from_config(config), theirs, folder / "theirs")
     rows = [json.dumps({"prompt": text}) + "\n" for text in list(PROMPT_OF)[:30]]
     (folder / "prompts.jsonl").write_text("".join(rows))
+    # By default DeepSpeed leaves small weights whole, and keeps those of a small model gathered.
+    keys = (
+        "param_persistence_threshold",
+        "max_live_parameters",
+        "max_reuse_distance",
+        "prefetch_bucket_size",
+    )
+    sharded = {"zero_optimization": {f"stage3_{key}": 0 for key in keys}}
+    (folder / "sharded.json").write_text(json.dumps(sharded))
     return {
         **{key: str(folder / key) for key in ("policy", "reward")},
         "prompts": str(folder / "prompts.jsonl"),
@@ -61,6 +74,12 @@ def user(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def job(user: dict[str, Any], out: Path, recipe: str = "ppo_max", change: str = "none", **extra: Any) -> dict:
     return {"recipe": recipe, "change": change, "settings": {**user, "out": str(out), **extra}}
+
+
+def zero(user: dict[str, Any], stage: int | None, **extra: Any) -> dict[str, Any]:
+    """Settings of DeepSpeed, with every weight sharded at stage 3."""
+    sharded = {"deepspeed_config": str(Path(user["policy"]).parent / "sharded.json")} if stage == 3 else {}
+    return {"engine": "deepspeed", "zero_stage": stage, **sharded, **extra}
 
 
 def launch(command: list[str], ranks: int, folder: Path, **environment: str) -> subprocess.Popen[str]:
@@ -135,18 +154,19 @@ def alone(user: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_two_ranks_are_one_run(user, alone, tmp_path, stage):
-    zero = {"engine": "deepspeed", "zero_stage": stage}
     own = lambda name: tmp_path / f"{name}{stage}"  # noqa: E731
     results = on_ranks(
         [
-            job(user, own("plain"), **zero, checkpoint_every=3),
-            job(user, own("faults"), change="faults", skip_faults=2, **zero),
-            {"recipe": "lengths", "settings": {**user, **zero}},
+            job(user, own("plain"), checkpoint_every=3, **zero(user, stage)),
+            job(user, own("faults"), change="faults", skip_faults=2, **zero(user, stage)),
+            {"recipe": "lengths", "settings": {**user, **zero(user, stage)}},
         ],
         tmp_path / "log",
     )
     assert results[:2] == [0, 0]
-    assert results[2][0] == 1 < results[2][1], "rank 0 ended first, and nothing hung"
+    lengths, held = results[2]
+    assert lengths[0] == 1 < lengths[1], "rank 0 ended first, and nothing hung"
+    assert (held == 0) == (stage == 3)
     found = {name: difference(alone / name, own(name)) for name in ("plain", "faults")}
     print(f"stage {stage}: {found}")
     assert found["plain"]["steps"] == 5
@@ -161,9 +181,8 @@ def test_two_ranks_are_one_run(user, alone, tmp_path, stage):
 
 def test_statistics_are_over_all_ranks(user, alone, tmp_path):
     """KL controller, moments of the score and whitening, and three ranks."""
-    zero = {"engine": "deepspeed", "zero_stage": 2}
     own = tmp_path / "statistics"
-    assert on_ranks([job(user, own, change="statistics", **zero)], tmp_path / "log", ranks=3) == [0]
+    assert on_ranks([job(user, own, change="statistics", **zero(user, 2))], tmp_path / "log", ranks=3) == [0]
     found = difference(alone / "statistics", own)
     assert max(found["metrics"], found["weights"]) < TOLERANCE
     coefs = [row["kl_coef"] for row in metrics(own)]
@@ -181,21 +200,17 @@ def rewound(run: Path, to: Path) -> str:
 
 def test_a_checkpoint_knows_no_ranks(user, alone, tmp_path):
     """Bit for bit on the same ranks and stage; else as close as the runs are."""
-
-    def zero(stage: int) -> dict[str, Any]:
-        return {"engine": "deepspeed", "zero_stage": stage}
-
     whole = {stage: tmp_path / f"whole{stage}" for stage in (1, 3)}
     on_ranks(
-        [job(user, out, checkpoint_every=3, **zero(stage)) for stage, out in whole.items()],
+        [job(user, out, checkpoint_every=3, **zero(user, stage)) for stage, out in whole.items()],
         tmp_path / "first",
     )
     resumptions = {
-        "1 to 1": (whole[1], zero(1)),
-        "3 to 3": (whole[3], zero(3)),
-        "3 to 2": (whole[3], zero(2)),
-        "1 to 0": (whole[1], zero(0)),
-        "local to 3": (alone / "plain", zero(3)),
+        "1 to 1": (whole[1], zero(user, 1)),
+        "3 to 3": (whole[3], zero(user, 3)),
+        "3 to 2": (whole[3], zero(user, 2)),
+        "1 to 0": (whole[1], zero(user, 0)),
+        "local to 3": (alone / "plain", zero(user, 3)),
     }
     jobs = []
     for name, (run, settings) in resumptions.items():
@@ -217,29 +232,27 @@ def test_a_checkpoint_knows_no_ranks(user, alone, tmp_path):
 
 
 def test_everything_else_runs_on_ranks(user, alone, tmp_path):
-    def zero(stage: int | None, **extra: Any) -> dict[str, Any]:
-        return {"engine": "deepspeed", "zero_stage": stage, "steps": 2, **extra}
-
     (tmp_path / "own.json").write_text(
         json.dumps(
             {"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000}, "gradient_clipping": "auto"}
         )
     )
     variants: dict[str, dict[str, Any]] = {
-        "optimizer in the host's memory": zero(2, offload="optimizer"),
-        "weights too": zero(3, offload="parameters"),
-        "recomputed activations": zero(3, gradient_checkpointing=True),
-        "top layers": zero(1, train_layers=1),
-        "top layers, sharded": zero(3, train_layers=1),
-        "adapters": zero(2, lora_rank=2),
-        "a JSON of their own": zero(None, deepspeed_config=str(tmp_path / "own.json")),
+        "optimizer in the host's memory": zero(user, 2, offload="optimizer"),
+        "weights too": zero(user, 3, offload="parameters"),
+        "recomputed activations": zero(user, 3, gradient_checkpointing=True),
+        "top layers": zero(user, 1, train_layers=1),
+        "top layers, sharded": zero(user, 3, train_layers=1),
+        "adapters": zero(user, 2, lora_rank=2),
+        "another tokenizer": zero(user, 3, reward=user["reward"].replace("/reward", "/theirs")),
+        "a JSON of their own": zero(user, None, deepspeed_config=str(tmp_path / "own.json")),
     }  # fmt: skip
-    jobs = [job(user, tmp_path / name, **settings) for name, settings in variants.items()]
+    jobs = [job(user, tmp_path / name, steps=2, **settings) for name, settings in variants.items()]
     own = {"engine", "zero_stage", "offload", "gradient_checkpointing", "deepspeed_config"}
     assert on_ranks(jobs, tmp_path / "log") == [0] * len(jobs)
     for name, settings in variants.items():
         same = {key: value for key, value in settings.items() if key not in own}
-        ranked.do(job(user, tmp_path / f"{name}, alone", **same))
+        ranked.do(job(user, tmp_path / f"{name}, alone", steps=2, **same))
         if "lora_rank" in settings:
             assert metrics(tmp_path / name)[-1] == pytest.approx(
                 metrics(tmp_path / f"{name}, alone")[-1], rel=1e-4
@@ -256,7 +269,12 @@ def command(user: dict[str, Any], out: Path, **extra: Any) -> list[str]:
     return [str(RECIPES / "ppo_max.py"), "--engine=deepspeed", *flags]
 
 
-def test_a_signal_ends_every_rank_after_the_same_step(user, tmp_path):
+def children(process: int) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks in /proc")
+def test_a_signal_to_one_rank_ends_all_after_the_same_step(user, tmp_path):
     out = tmp_path / "run"
     process = launch(command(user, out, steps=10_000), 2, tmp_path)
     deadline = time.monotonic() + 120
@@ -264,7 +282,7 @@ def test_a_signal_ends_every_rank_after_the_same_step(user, tmp_path):
         assert process.poll() is None, (tmp_path / "log").read_text()
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    process.terminate()
+    os.kill(children(process.pid)[-1], signal.SIGTERM)
     _, log = wait(process, tmp_path, limit=60)
     last = metrics(out)[-1]["step"]
     assert f"Interrupted after step {last} of 10000" in log
