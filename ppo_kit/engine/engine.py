@@ -138,8 +138,8 @@ class Engine(ABC):
 
     @contextmanager
     def generating(self, module: Networked) -> Iterator[None]:
-        """Sampling mode: the plain forward where weights are whole (a compiled one would be compiled again for
-        every length of the cache), and no gradient checkpointing (it would switch the cache off).
+        """Sampling mode: the plain forward where weights are whole (a compiled one would be compiled for each
+        length of the cache), and no gradient checkpointing (it would switch the cache off).
         """
         training, wrapped = module.model.training, module.wrapped
         module.model.eval()

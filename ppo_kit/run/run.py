@@ -148,8 +148,9 @@ class Run:
 
     def _hear(self) -> bool:
         """Whether a rank got a signal; all ranks ask at the same places, and so hear the same."""
-        self._signals.signum = self._signals.signum or ranks.first_of(self._signals.signum)
-        self._heard = self._signals.signum is not None
+        heard = ranks.first_of(self._signals.signum)
+        self._heard = heard is not None
+        self._signals.signum = self._signals.signum or heard
         return self._heard
 
     @property

@@ -99,8 +99,8 @@ CHANGES = {"none": none, "statistics": statistics, "faults": faults}
 
 
 def lengths(job: dict[str, Any]) -> tuple[list[int], int]:
-    """The lengths of one response a rank, where rank 0's ends at its first token and the others go on; and how
-    many of the reference's weights a rank holds between forwards.
+    """The lengths of one response a rank, where rank 0's ends at its first token and the others go on; and
+    how many of the reference's weights a rank holds between forwards.
     """
     settings = ppo_max.PPOMax(
         **{key: Path(value) if key in PATHS else value for key, value in job["settings"].items()}
