@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/composing.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/composing.md", "docs/scale.md"])
 def test_python_blocks_run(page):
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.S | re.M)
     assert blocks

@@ -8,13 +8,13 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from ppo_kit.monitor.history import read_json
 from ppo_kit.run.checkpoint import has_checkpoint
-from ppo_kit.run.records import plain
+from ppo_kit.run.records import plain, write_json
 
 
 class Placed(Protocol):
@@ -45,6 +45,22 @@ MAY_CHANGE = frozenset(
     | {"gradient_checkpointing", "compile"}
 )
 """Settings that may differ between a run and its resumption. The last two lines change rounding."""
+
+
+def open_folder(
+    settings: Settings, name: str, root: Path, *, may_change: Sequence[str] = (), about: Mapping[str, Any]
+) -> Path:
+    """``new_folder``, or with ``resume`` ``resumed_folder``, with its config.json: ``describe``, ``about``,
+    and under ``resumed_from`` the record of how a resumed run began.
+    """
+    config = {**describe(settings, name), **about}
+    if settings.resume:
+        folder = resumed_folder(settings, name, root, may_change=may_change)
+        config["resumed_from"] = read_json(folder / "config.json")
+    else:
+        folder = new_folder(settings, name, root)
+    write_json(folder / "config.json", config)
+    return folder
 
 
 def new_folder(settings: Placed, name: str, root: Path) -> Path:

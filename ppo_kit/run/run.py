@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import signal
 import time
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -18,13 +17,13 @@ from rich.console import Console
 from ppo_kit import ranks
 from ppo_kit.engine import Engine, LocalEngine, Stateful
 from ppo_kit.monitor.dashboard import draw_dashboard
-from ppo_kit.monitor.history import read_json
 from ppo_kit.monitor.metrics import METRICS
 from ppo_kit.monitor.report import write_report
 from ppo_kit.run import checkpoint
 from ppo_kit.run.faults import Clearable, Faults
-from ppo_kit.run.folder import Settings, describe, new_folder, resumed_folder
+from ppo_kit.run.folder import Settings, open_folder
 from ppo_kit.run.progress import Progress, before_and_after, files_written
+from ppo_kit.run.randomness import Randomness
 from ppo_kit.run.records import JsonLines, write_json
 from ppo_kit.run.signals import StopOnSignal
 
@@ -81,20 +80,18 @@ class Run:
         self.settings = settings
         self.keep = getattr(settings, "keep", keep)
         self.engine = engine or LocalEngine()
-        self.folder = ranks.from_main(lambda: self._folder(name, may_change))
+        about = {"engine": self.engine.name, "ranks": ranks.world_size()}
+        self.folder = ranks.from_main(
+            lambda: open_folder(settings, name, Path("runs"), may_change=may_change, about=about)
+        )
         torch.set_num_threads(settings.threads)
-        torch.manual_seed(settings.seed)
+        self._randomness = Randomness(settings.seed)
         self._metrics = JsonLines(self.folder / "metrics.jsonl")
         self._samples = JsonLines(self.folder / "samples.jsonl")
         self._progress = Progress(settings.steps, console=None if ranks.is_main() else Console(quiet=True))
-        self._faults = Faults(
-            self.folder / "faults",
-            allowed=getattr(settings, "skip_faults", 0),
-            settings=settings,
-            note=self._progress.note,
-        )
+        allowed, note = getattr(settings, "skip_faults", 0), self._progress.note
+        self._faults = Faults(self.folder / "faults", allowed=allowed, settings=settings, note=note)
         self._signals = StopOnSignal(self._say_stopping)
-        self._generators: dict[str, torch.Generator] = {}
         self._restored: dict[str, Any] | None = None
         self._last = 0
         self._due: bool | None = None
@@ -104,29 +101,9 @@ class Run:
         self._seconds_before = 0.0
         self._started = time.monotonic()
 
-    def _folder(self, name: str, may_change: Sequence[str]) -> Path:
-        """The run's folder, found or made, with its config.json."""
-        config = describe(self.settings, name)
-        config |= {"engine": self.engine.name, "ranks": ranks.world_size()}
-        if self.settings.resume:
-            folder = resumed_folder(self.settings, name, Path("runs"), may_change=may_change)
-            # The record of how the run began stays; what is new since then stands beside it.
-            config = {**config, "resumed_from": read_json(folder / "config.json")}
-        else:
-            folder = new_folder(self.settings, name, Path("runs"))
-        write_json(folder / "config.json", config)
-        return folder
-
     def generator(self, name: str) -> torch.Generator:
-        """The run's own CPU generator called ``name``, seeded from the run's seed and the name.
-
-        Checkpoints hold the states of all of them and of torch's global generators; ``steps`` restores them.
-        """
-        if name not in self._generators:
-            # 32 bits: torch's CPU generator ignores more. A checksum: hash(str) varies by process.
-            seed = zlib.crc32(f"{self.settings.seed}/{name}".encode())
-            self._generators[name] = torch.Generator().manual_seed(seed)
-        return self._generators[name]
+        """The run's own CPU generator called ``name``. Checkpoints hold its state; ``steps`` restores it."""
+        return self._randomness.generator(name)
 
     def __enter__(self) -> Run:
         self._signals.__enter__()
@@ -171,7 +148,7 @@ class Run:
         if self.settings.resume and self._restored is None:
             raise RuntimeError("resume is set: call load_checkpoint() and restore its state before steps()")
         if self._restored is not None:
-            self._restore_randomness(self._restored)
+            self._randomness.restore(self._restored)
         if self._hear():
             return
         self._progress.start(self._last + 1)
@@ -244,9 +221,7 @@ class Run:
         entry that ``torch.load(weights_only=True)`` would refuse.
         """
         own = {
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            "generators": {name: each.get_state() for name, each in self._generators.items()},
+            **self._randomness.state(),
             "seconds": self._seconds(),
             "faults": self._faults.count,
         }
@@ -278,7 +253,7 @@ class Run:
         return step, content["state"]
 
     def save(self, step: int, parts: Mapping[str, Stateful]) -> None:
-        """``save_checkpoint`` of each part's state, by name; over ranks, the engine makes it whole."""
+        """``save_checkpoint`` of each part's state, by name; the engine makes it whole."""
         self.save_checkpoint(step, {name: self.engine.state_dict(part) for name, part in parts.items()})
 
     def restore(self, parts: Mapping[str, Stateful]) -> bool:
@@ -291,13 +266,6 @@ class Run:
             return False
         checkpoint.restore_parts(parts, loaded[1], load=self.engine.load_state_dict)
         return True
-
-    def _restore_randomness(self, own: Mapping[str, Any]) -> None:
-        torch.set_rng_state(own["torch"])
-        if own["cuda"]:
-            torch.cuda.set_rng_state_all(own["cuda"])
-        for name, state in own["generators"].items():
-            self.generator(name).set_state(state)
 
     def _seconds(self) -> float:
         return self._seconds_before + time.monotonic() - self._started
