@@ -143,9 +143,13 @@ def load_task(settings: PPOSettings, engine: Engine | None = None, *, policy: st
 
     Raises:
         ValueError: no prompts are given for a policy of the user's own; fewer prompts than held out; a model
-            has fewer embedding rows than its tokenizer has tokens; LoRA and ``train_layers`` together.
+            has fewer embedding rows than its tokenizer has tokens; LoRA together with ``train_layers``, or
+            with sharded weights.
     """
     engine = engine or LocalEngine()
+    if settings.lora_rank and engine.sharded:
+        raise ValueError("--lora-rank and --zero-stage 3: policy and reference share a base, which cannot be "
+                         "sharded for both; use stage 0, 1 or 2")  # fmt: skip
     tokenizer = load_tokenizer(policy)
     if settings.policy != "sandbox" and ranks.is_main():
         _say_memory(settings, policy, reward)

@@ -5,6 +5,7 @@ Policy and critic are an engine each. Under stage 3, reference and reward model 
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import warnings
@@ -99,10 +100,11 @@ class DeepSpeedEngine(Engine):
             part.load_state_dict(dict(state))
 
     def close(self) -> None:
-        if self._owner and dist.is_initialized():
-            # Without both, gloo's threads now and then abort the process as it ends.
-            ranks.barrier()
-            dist.destroy_process_group()
+        # Without both, gloo's threads now and then abort the process as it ends. DeepSpeed keeps groups of
+        # its own for the next engine of this process, so they live until then.
+        ranks.barrier()
+        if self._owner:
+            atexit.register(dist.destroy_process_group)
 
 
 class ZeroOptimizer(Optimizer):
@@ -279,8 +281,7 @@ def _skip_compiler() -> None:
 
 def _refuse_adapters(stage: int, modules: Sequence[Networked]) -> None:
     if stage == 3 and any(hasattr(each.model, "lora") for each in modules):
-        raise ValueError("--lora-rank: policy and reference share a base, which ZeRO stage 3 cannot shard "
-                         "for both; use stage 0, 1 or 2")  # fmt: skip
+        raise ValueError("LoRA and ZeRO stage 3: adapters share a base, which cannot be sharded for each")
 
 
 def _frozen(zero: dict[str, Any]) -> dict[str, Any]:
