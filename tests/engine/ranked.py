@@ -100,7 +100,7 @@ CHANGES = {"none": none, "statistics": statistics, "faults": faults}
 
 def lengths(job: dict[str, Any]) -> tuple[list[int], int]:
     """The lengths of one response a rank, where rank 0's ends at its first token and the others go on; and
-    how many of the reference's weights a rank holds between forwards.
+    how many weights of reference and reward model a rank holds between forwards.
     """
     settings = ppo_max.PPOMax(
         **{key: Path(value) if key in PATHS else value for key, value in job["settings"].items()}
@@ -116,7 +116,8 @@ def lengths(job: dict[str, Any]) -> tuple[list[int], int]:
     batch = rollout(task.policy, prompts, Sampling(6), eos_id=int(end), seeds=seeds)
     own = torch.zeros(ranks.world_size(), dtype=torch.int64)
     own[ranks.rank()] = batch["response_mask"].sum()
-    return ranks.reduce(own).tolist(), sum(weight.numel() for weight in task.reference.parameters())
+    frozen = [weight for module in (task.reference, *task.rewards) for weight in module.parameters()]
+    return ranks.reduce(own).tolist(), sum(weight.numel() for weight in frozen)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -82,16 +83,20 @@ def zero(user: dict[str, Any], stage: int | None, **extra: Any) -> dict[str, Any
     return {"engine": "deepspeed", "zero_stage": stage, **sharded, **extra}
 
 
-def launch(command: list[str], ranks: int, folder: Path, **environment: str) -> subprocess.Popen[str]:
-    """``ranks`` processes of ``command``, as torchrun starts them; their output goes to ``folder``/log."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+DEEPSPEED = (str(Path(sys.executable).with_name("deepspeed")), "--no_local_rank")
+
+
+def launch(
+    command: list[str], ranks: int, folder: Path, launcher: tuple[str, ...] = TORCHRUN
+) -> subprocess.Popen[str]:
+    """``ranks`` processes of ``command``; their output goes to ``folder``/log."""
     return subprocess.Popen(
-        [*torchrun, *command],
+        [*launcher, str(ranks), *command],
         stdout=(folder / "log").open("w"),
         stderr=subprocess.STDOUT,
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(folder / "compiled"),
-             **environment},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(folder / "compiled")},
         start_new_session=True,
         text=True,
     )  # fmt: skip
@@ -289,6 +294,19 @@ def test_a_signal_to_one_rank_ends_all_after_the_same_step(user, tmp_path):
     assert (out / "checkpoints/latest").read_text() == f"step-{last:06d}\n"
     assert (out / "policy/model.safetensors").exists()
     assert json.loads((out / "summary.json").read_text())["interrupted"] is True
+
+
+def test_its_own_launcher_starts_it_as_well(user, tmp_path):
+    out = tmp_path / "run"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launcher = (*DEEPSPEED, "--master_port", port, "--num_gpus")
+    process = launch(command(user, out, steps=1, zero_stage=1), 2, tmp_path, launcher)
+    status, log = wait(process, tmp_path, limit=120)
+    assert status == 0, log[-4000:]
+    assert json.loads((out / "config.json").read_text())["ranks"] == 2
+    assert (out / "policy/model.safetensors").exists()
 
 
 def test_a_rank_that_fails_ends_the_others(user, tmp_path):
