@@ -91,8 +91,7 @@ def barrier() -> None:
 def first_on_node() -> Iterator[bool]:
     """The first rank of each machine runs the body, then the others; yields whether this is such a first one.
 
-    For what is made once and then read, such as a cached folder. Inside the body each rank is alone: what it
-    calls there asks no other.
+    For what is made once and then read. Inside the body each rank is alone: what it calls asks no other.
     """
     global _alone
     if world_size() == 1:

@@ -24,6 +24,7 @@ from sft import sandbox_policy
 from tensordict import TensorDictBase
 from transformers import PreTrainedTokenizerBase
 
+from ppo_kit import ranks
 from ppo_kit.data import OnBadRow, Pairs, collate_pairs, load_pairs, plan_pairs
 from ppo_kit.engine import Optimizer, Schedule
 from ppo_kit.models import (
@@ -262,14 +263,16 @@ def sandbox_models(cfg: PPOSettings) -> dict[str, str]:
                 "make one with recipes/reward_model.py --base ... --pairs ..."
             )
         return {"policy": cfg.policy, "reward": cfg.reward}
-    policy = sandbox_policy(cfg.seed, fresh=cfg.fresh)
-    modelling = RewardModelling(seed=cfg.seed)
-    key = settings_key({**asdict(modelling), "policy": policy.name})
-    reward = cached(
-        f"sandbox/reward-seed{cfg.seed}-{key}",
-        lambda folder: train(modelling, folder),
-        fresh=cfg.fresh,
-    )
+    with ranks.first_on_node() as first:
+        fresh = cfg.fresh and first
+        policy = sandbox_policy(cfg.seed, fresh=fresh)
+        modelling = RewardModelling(seed=cfg.seed)
+        key = settings_key({**asdict(modelling), "policy": policy.name})
+        reward = cached(
+            f"sandbox/reward-seed{cfg.seed}-{key}",
+            lambda folder: train(modelling, folder),
+            fresh=fresh,
+        )
     return {"policy": str(policy), "reward": str(reward)}
 
 

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 import ppo_kit
-from ppo_kit import ranks
 
 
 def cache_folder() -> Path:
@@ -31,24 +32,21 @@ def cached(name: str, build: Callable[[Path], None], *, fresh: bool = False) -> 
     """The folder ``name`` of the cache; ``build(folder)`` fills it when it is missing or ``fresh``.
 
     It is built beside its place and renamed when complete, so a build that was interrupted leaves nothing
-    that a later run would take for whole. Where there are several ranks, all have to call this; the first one
-    of each machine builds.
+    that a later run would take for whole. Of several processes one builds, and the others wait for it.
     """
     folder = cache_folder() / name
-    # On every rank, whether the folder exists or not: a rank that looked earlier may have seen it missing.
-    with ranks.first_on_node() as first:
-        if not folder.exists() or (fresh and first):
-            _build(folder, build)
-    return folder
-
-
-def _build(folder: Path, build: Callable[[Path], None]) -> None:
+    if folder.exists() and not fresh:
+        return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        build(building)
-        if folder.exists():
-            shutil.rmtree(folder)
-        building.rename(folder)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        if folder.exists() and not fresh:  # somebody else has built it meanwhile
+            return folder
+        building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            build(building)
+            if folder.exists():
+                shutil.rmtree(folder)
+            building.rename(folder)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+    return folder

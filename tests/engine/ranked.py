@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -120,12 +121,24 @@ def lengths(job: dict[str, Any]) -> tuple[list[int], int]:
     return ranks.reduce(own).tolist(), sum(weight.numel() for weight in frozen)
 
 
+def first(folder: Path) -> list[str]:
+    """Who did what in the body of ``first_on_node``, in their order; each is alone there."""
+    with ranks.first_on_node() as is_first, (folder / "who").open("a") as file:
+        time.sleep(0.5 * is_first)
+        file.write(f"{torch.distributed.get_rank()} first: {is_first}, of {ranks.world_size()}\n")
+    ranks.barrier()
+    return (folder / "who").read_text().splitlines()
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     jobs = json.loads(Path(sys.argv[1]).read_text())
     torch.distributed.init_process_group("gloo")
     for number, job in enumerate(jobs):
-        result = lengths(job) if job["recipe"] == "lengths" else do(job)
+        if job["recipe"] == "lengths":
+            result: Any = lengths(job)
+        else:
+            result = first(Path(job["folder"])) if job["recipe"] == "first" else do(job)
         if ranks.is_main():
             print(f"JOB {number} {json.dumps(result)}", flush=True)
     ranks.barrier()

@@ -187,7 +187,14 @@ def test_two_ranks_are_one_run(user, alone, tmp_path, stage):
 def test_statistics_are_over_all_ranks(user, alone, tmp_path):
     """KL controller, moments of the score and whitening, and three ranks."""
     own = tmp_path / "statistics"
-    assert on_ranks([job(user, own, change="statistics", **zero(user, 2))], tmp_path / "log", ranks=3) == [0]
+    jobs = [
+        job(user, own, change="statistics", **zero(user, 2)),
+        {"recipe": "first", "folder": str(tmp_path)},
+    ]
+    status, who = on_ranks(jobs, tmp_path / "log", ranks=3)
+    assert status == 0
+    assert who[0] == "0 first: True, of 1"
+    assert sorted(who[1:]) == ["1 first: False, of 1", "2 first: False, of 1"]
     found = difference(alone / "statistics", own)
     assert max(found["metrics"], found["weights"]) < TOLERANCE
     coefs = [row["kl_coef"] for row in metrics(own)]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from ppo_kit.models import cached, freeze_below, load_scalar_model, model_source, save_model, settings_key
@@ -28,8 +32,25 @@ def test_a_folder_is_built_once_and_whole(tmp_path, monkeypatch):
         cached("kind/name", broken, fresh=True)
     with pytest.raises(KeyboardInterrupt):
         cached("kind/other", broken)
-    assert [path.name for path in (tmp_path / "kind").iterdir()] == ["name"]
+    left = [path.name for path in (tmp_path / "kind").iterdir() if path.suffix != ".lock"]
+    assert left == ["name"]
     assert (tmp_path / "kind" / "name" / "weights").read_text() == "build 2"
+
+
+def test_of_several_processes_one_builds(tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path; from ppo_kit.models.cache import cached\n"
+        "def build(folder):\n"
+        "    with Path(sys.argv[1], 'built').open('a') as file: file.write('x')\n"
+        "    time.sleep(1); (folder / 'weights').write_text('whole')\n"
+        "assert (cached('kind/name', build) / 'weights').read_text() == 'whole'"
+    )
+    environment = {**os.environ, "PPO_KIT_CACHE": str(tmp_path)}
+    started = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=environment) for _ in range(3)
+    ]
+    assert [process.wait(60) for process in started] == [0, 0, 0]
+    assert (tmp_path / "built").read_text() == "x"
 
 
 def test_any_setting_and_the_version_change_the_key(monkeypatch):
