@@ -37,8 +37,10 @@ def cached(name: str, build: Callable[[Path], None], *, fresh: bool = False) -> 
     folder = cache_folder() / name
     if folder.exists() and not fresh:
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f".{folder.name}.lock")):
+    lock = cache_folder() / "locks" / f"{name.replace('/', '-')}.lock"
+    for parent in (folder.parent, lock.parent):
+        parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock):
         if folder.exists() and not fresh:  # somebody else has built it meanwhile
             return folder
         building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
