@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -276,9 +277,12 @@ def test_everything_else_runs_on_ranks(user, alone, tmp_path):
 
 
 def command(user: dict[str, Any], out: Path, **extra: Any) -> list[str]:
-    settings = {**user, "out": out, **extra}
-    flags = [f"--{key.replace('_', '-')}={value}" for key, value in settings.items()]
-    return [str(RECIPES / "ppo_max.py"), "--engine=deepspeed", *flags]
+    settings = {**user, "engine": "deepspeed", "out": out, **extra}
+    flags = [
+        f"--{key.replace('_', '-')}" + ("" if value is True else f"={value}")
+        for key, value in settings.items()
+    ]
+    return [str(RECIPES / "ppo_max.py"), *flags]
 
 
 def children(process: int) -> list[int]:
@@ -323,3 +327,36 @@ def test_a_rank_that_fails_ends_the_others(user, tmp_path):
     status, log = wait(launch(command(user, tmp_path / "taken"), 2, tmp_path), tmp_path, limit=60)
     assert status != 0
     assert log.count("taken exists and is not an empty folder") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks in /proc")
+def test_a_run_survives_kills_of_its_ranks_bit_for_bit(user, tmp_path):
+    """SIGKILL to one rank at a time, at any moment, saving included; torchrun ends the other."""
+    sizes = {"steps": 60, "checkpoint_every": 1, **zero(user, 2)}
+    runs = {name: tmp_path / name for name in ("whole", "killed")}
+    status, log = wait(launch(command(user, runs["whole"], **sizes), 2, tmp_path), tmp_path, limit=120)
+    assert status == 0, log[-4000:]
+    chance, kills = random.Random(0), 0
+    while True:
+        resume = {"resume": True} if (runs["killed"] / "checkpoints/latest").exists() else {}
+        if not resume:
+            shutil.rmtree(runs["killed"], ignore_errors=True)
+        process = launch(command(user, runs["killed"], **sizes, **resume), 2, tmp_path)
+        if kills < 8:
+            metrics_file, before = runs["killed"] / "metrics.jsonl", time.monotonic()
+            rows = len(metrics(runs["killed"])) if metrics_file.exists() else 0
+            while not metrics_file.exists() or len(metrics(runs["killed"])) == rows:
+                assert process.poll() is None, (tmp_path / "log").read_text()[-4000:]
+                assert time.monotonic() < before + 120
+                time.sleep(0.02)
+            time.sleep(chance.uniform(0, 1.5))
+            if process.poll() is None:
+                os.kill(chance.choice(children(process.pid)), signal.SIGKILL)
+                kills += 1
+        status, log = wait(process, tmp_path, limit=120)
+        if status == 0:
+            break
+    assert kills == 8, log[-4000:]
+    assert metrics(runs["whole"]) == metrics(runs["killed"])
+    assert difference(*runs.values())["weights"] == 0
