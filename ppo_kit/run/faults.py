@@ -49,12 +49,14 @@ def check_finite(batch: TensorDictBase, *, of: TensorDictBase | None = None) -> 
     watched = list(_watched(batch))
     # One question to the device, not one a key.
     here = torch.stack([bad.any() for _, bad, _ in watched]).any() if watched else False
-    if ranks.any_rank(here):
+    where = int(ranks.reduce(torch.as_tensor(here).long()))
+    if where:
         text = None
         if bool(here):
             key, bad, valid = next(each for each in watched if each[1].any())
             text = _describe(key, batch[key], bad, valid)
-            text = f"rank {ranks.rank()}: {text}" if ranks.world_size() > 1 else text
+            # A batch that was gathered is the same on all ranks; a piece is one's own.
+            text = text if where == ranks.world_size() else f"rank {ranks.rank()}: {text}"
         own = of if of is not None else batch
         raise NotFinite(ranks.first_of(text) or "", own if text else None)
     return batch
