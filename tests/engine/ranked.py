@@ -9,18 +9,20 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+from tensordict import TensorDictBase
 from tensordict.nn import TensorDictSequential
 
 from ppo_kit import ranks
 from ppo_kit import task as tasks
-from ppo_kit.engine import start_engine
+from ppo_kit.engine import Engine, start_engine
+from ppo_kit.models import Policy, load_causal_lm
 from ppo_kit.modules import GAE, AdaptiveKL, KLPenalty, Whiten
 from ppo_kit.rollout import Sampling, rollout
 
@@ -99,17 +101,36 @@ def faults() -> Iterator[None]:
 CHANGES = {"none": none, "statistics": statistics, "faults": faults}
 
 
-def lengths(job: dict[str, Any]) -> tuple[list[int], int]:
-    """The lengths of one response a rank, where rank 0's ends at its first token and the others go on; and
-    how many weights of reference and reward model a rank holds between forwards.
-    """
+def started(job: dict[str, Any]) -> tuple[Engine, tasks.Task, TensorDictBase]:
+    """Engine and cast of a run, its policy ready to train, and one prompt."""
     settings = ppo_max.PPOMax(
         **{key: Path(value) if key in PATHS else value for key, value in job["settings"].items()}
     )
     engine = start_engine(settings)
     task = tasks.load_task(settings, engine, policy=settings.policy, reward=settings.reward)
     settings.optimizer(engine, task.policy, 1e-3)
-    prompts = tasks.pad_prompts([task.prompts[0]], task.end_id)
+    return engine, task, tasks.pad_prompts([task.prompts[0]], task.end_id)
+
+
+def other_weights(job: dict[str, Any]) -> float:
+    """How far a policy that was given other weights computes from a plain one that has them."""
+    engine, task, prompts = started(job)
+    plain = Policy(load_causal_lm(job["settings"]["policy"]))
+    with torch.no_grad():
+        for weight in plain.parameters():
+            weight.mul_(1.5)
+    engine.load_state_dict(task.policy, plain.state_dict())
+    batch = rollout(plain, prompts, Sampling(6), eos_id=-1, seeds=[7])
+    with torch.no_grad():
+        found = [policy(batch.clone())["log_probs"] for policy in (task.policy, plain)]
+    return float((found[0] - found[1]).abs().max() + (found[1] - batch["old_log_probs"]).abs().max())
+
+
+def lengths(job: dict[str, Any]) -> tuple[list[int], int]:
+    """The lengths of one response a rank, where rank 0's ends at its first token and the others go on; and
+    how many weights of reference and reward model a rank holds between forwards.
+    """
+    _, task, prompts = started(job)
     seeds = [[7, 8][ranks.rank()]]
     first = rollout(task.policy, prompts, Sampling(1), eos_id=-1, seeds=seeds)["response_ids"][0, 0].item()
     end = ranks.first_of(first if ranks.is_main() else None)
@@ -121,8 +142,9 @@ def lengths(job: dict[str, Any]) -> tuple[list[int], int]:
     return ranks.reduce(own).tolist(), sum(weight.numel() for weight in frozen)
 
 
-def first(folder: Path) -> list[str]:
+def first(job: dict[str, Any]) -> list[str]:
     """Who did what in the body of ``first_on_node``, in their order; each is alone there."""
+    folder = Path(job["folder"])
     with ranks.first_on_node() as is_first, (folder / "who").open("a") as file:
         time.sleep(0.5 * is_first)
         file.write(f"{torch.distributed.get_rank()} first: {is_first}, of {ranks.world_size()}\n")
@@ -135,10 +157,10 @@ if __name__ == "__main__":
     jobs = json.loads(Path(sys.argv[1]).read_text())
     torch.distributed.init_process_group("gloo")
     for number, job in enumerate(jobs):
-        if job["recipe"] == "lengths":
-            result: Any = lengths(job)
-        else:
-            result = first(Path(job["folder"])) if job["recipe"] == "first" else do(job)
+        own: dict[str, Callable[[dict[str, Any]], Any]] = {
+            "lengths": lengths, "other weights": other_weights, "first": first
+        }  # fmt: skip
+        result = own.get(job["recipe"], do)(job)
         if ranks.is_main():
             print(f"JOB {number} {json.dumps(result)}", flush=True)
     ranks.barrier()

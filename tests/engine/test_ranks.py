@@ -166,6 +166,7 @@ def test_two_ranks_are_one_run(user, alone, tmp_path, stage):
             job(user, own("plain"), checkpoint_every=3, **zero(user, stage)),
             job(user, own("faults"), change="faults", skip_faults=2, **zero(user, stage)),
             {"recipe": "lengths", "settings": {**user, **zero(user, stage)}},
+            {"recipe": "other weights", "settings": {**user, **zero(user, stage)}},
         ],
         tmp_path / "log",
     )
@@ -173,6 +174,7 @@ def test_two_ranks_are_one_run(user, alone, tmp_path, stage):
     lengths, held = results[2]
     assert lengths[0] == 1 < lengths[1], "rank 0 ended first, and nothing hung"
     assert (held == 0) == (stage == 3)
+    assert results[3] < 1e-4, "weights that were loaded compute"
     found = {name: difference(alone / name, own(name)) for name in ("plain", "faults")}
     print(f"stage {stage}: {found}")
     assert found["plain"]["steps"] == 5
