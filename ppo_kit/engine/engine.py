@@ -169,9 +169,10 @@ def start_engine(settings: EngineSettings) -> Engine:
 
 
 def device_of(settings: EngineSettings) -> torch.device:
-    """The device that ``settings.device`` names for this process."""
-    if settings.device != "auto":
-        return torch.device(settings.device)
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    """The device that ``settings.device`` names for this process: of GPUs without a number, its own."""
+    name = settings.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+    )

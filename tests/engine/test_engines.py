@@ -13,6 +13,7 @@ from tensordict import TensorDict
 
 from ppo_kit import ranks
 from ppo_kit.engine import EngineSettings, LocalEngine, start_engine
+from ppo_kit.engine.engine import device_of
 from ppo_kit.engine.zero_config import zero_config
 from ppo_kit.models import Critic, LoRA, Policy
 
@@ -144,6 +145,16 @@ def test_what_a_wrapper_computes_is_saved_as_the_model(tiny_model):
 def test_settings_that_exclude_each_other(settings, text):
     with pytest.raises(ValueError, match=text):
         start_engine(EngineSettings(**settings, device="cpu"))
+
+
+def test_each_rank_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert device_of(EngineSettings(device="cuda")) == torch.device("cuda:3")
+    assert device_of(EngineSettings(device="cuda:1")) == torch.device("cuda:1")
+    assert device_of(EngineSettings(device="cpu")) == torch.device("cpu")
+    for there, device in ((True, "cuda:3"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert device_of(EngineSettings()) == torch.device(device)
 
 
 def test_the_local_engine_is_one_process(monkeypatch):
