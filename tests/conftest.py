@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from tensordict import TensorDict
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ppo_kit.models import save_model
+from ppo_kit.sandbox import sandbox_config, sandbox_tokenizer
 
 VOCABULARY = 17
 FAMILIES = {
@@ -37,6 +48,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def save_sandbox_models() -> Callable[..., tuple[PreTrainedTokenizerBase, PreTrainedConfig]]:
+    """``save_sandbox_models(folder, layers=2)``: a random ``policy`` and a ``reward`` for it, in ``folder``;
+    their tokenizer, and the reward model's config.
+    """
+    return _save_sandbox_models
+
+
+def _save_sandbox_models(folder: Path, *, layers: int) -> tuple[PreTrainedTokenizerBase, PreTrainedConfig]:
+    tokenizer = sandbox_tokenizer()
+    torch.manual_seed(0)
+    config = sandbox_config(tokenizer, hidden_size=16, layers=layers)
+    save_model(AutoModelForCausalLM.from_config(config), tokenizer, folder / "policy")
+    config.num_labels = 1
+    save_model(AutoModelForSequenceClassification.from_config(config), tokenizer, folder / "reward")
+    return tokenizer, config
 
 
 @pytest.fixture(params=FAMILIES)

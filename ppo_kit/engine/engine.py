@@ -46,7 +46,7 @@ class Engine(ABC):
         engine.place(reference, reward)                      # frozen models
         policy_opt = engine.optimizer(policy, lr=..., steps=...)
         with engine.generating(policy):
-            batch = rollout(policy, engine.share(prompts), ...)
+            batch = rollout(policy, ranks.share(prompts), ...)
         for piece in engine.micro_batches(minibatch, 8):     # this rank's rows
             engine.backward(total_loss(losses(policy(piece))))
         norm, = engine.step(minibatch, policy_opt)

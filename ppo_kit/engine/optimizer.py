@@ -117,8 +117,7 @@ class Optimizer:
 
     def clip(self) -> None:
         """The first half of ``step``: look at the gradients, and clip them. Raises as ``step``."""
-        limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
-        self._norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+        self._clip_gradients()
         if not math.isfinite(self._norm):
             raise NotFinite(
                 f"{self.name}: gradient norm is {self._norm}; the step was not taken and the weights are "
@@ -138,6 +137,10 @@ class Optimizer:
     def clear(self) -> None:
         """Throw the gradients away."""
         self.adamw.zero_grad(set_to_none=True)
+
+    def _clip_gradients(self) -> None:
+        limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
+        self._norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
 
     def _warn_if_still(self, *, moved: bool) -> None:
         if not moved:

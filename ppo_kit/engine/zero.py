@@ -200,8 +200,7 @@ class ZeroOptimizer(Optimizer):
 
     def _clip_whole(self, *_: Any) -> None:
         if not self.adamw.idle:
-            limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
-            self._norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+            self._clip_gradients()
 
     def _make_states(self) -> None:
         """ZeRO makes AdamW's states in the first step: take one with zero gradients and no learning rate."""

@@ -114,9 +114,13 @@ def _facts(config: dict[str, Any], summary: dict[str, Any]) -> str:
 
 
 def _changes(before: float | None, after: float | None) -> tuple[str, str, str]:
-    if before is None or after is None:  # NaN in the run
-        return tuple("–" if each is None else f"{each:.3f}" for each in (before, after, None))  # type: ignore[return-value]
-    return f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}"
+    """Both as text, and their difference; None is what was NaN in the run."""
+    change = "–" if before is None or after is None else f"{after - before:+.3f}"
+    return _number(before), _number(after), change
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
 
 
 def _sample(row: dict[str, Any]) -> dict[str, str]:

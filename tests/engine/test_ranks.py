@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
 from ppo_kit.models import save_model
-from ppo_kit.sandbox import sandbox_config, sandbox_tokenizer
+from ppo_kit.sandbox import sandbox_tokenizer
 from ppo_kit.sandbox.world import PROMPT_OF
 
 pytest.importorskip("deepspeed", reason="pip install 'ppo-kit[deepspeed]'")
@@ -34,15 +33,10 @@ RECIPES = Path(ranked.ppo_max.__file__).parent
 
 
 @pytest.fixture(scope="module")
-def user(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def user(save_sandbox_models, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Settings of a tiny run whose sizes no number of ranks divides."""
     folder = tmp_path_factory.mktemp("user")
-    tokenizer = sandbox_tokenizer()
-    torch.manual_seed(0)
-    config = sandbox_config(tokenizer, hidden_size=16, layers=2)
-    save_model(AutoModelForCausalLM.from_config(config), tokenizer, folder / "policy")
-    config.num_labels = 1
-    save_model(AutoModelForSequenceClassification.from_config(config), tokenizer, folder / "reward")
+    _, config = save_sandbox_models(folder, layers=2)
     theirs = sandbox_tokenizer()
     theirs.add_tokens(["hitherto"])
     config.vocab_size += 1

@@ -19,9 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from ppo_kit.data import BadRow
-from ppo_kit.models import save_model
 from ppo_kit.monitor import METRICS
-from ppo_kit.sandbox import sandbox_config, sandbox_tokenizer
 from ppo_kit.sandbox.world import PROMPT_OF
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -36,15 +34,10 @@ TIMINGS = {"tokens_per_second", "seconds_rollout", "seconds_score", "seconds_tra
 
 
 @pytest.fixture(scope="module")
-def user(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def user(save_sandbox_models, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """What a user brings: a policy, a reward model, a file of prompts and one of pairs."""
     folder = tmp_path_factory.mktemp("user")
-    tokenizer = sandbox_tokenizer()
-    torch.manual_seed(0)
-    config = sandbox_config(tokenizer, hidden_size=16, layers=2)
-    save_model(AutoModelForCausalLM.from_config(config), tokenizer, folder / "policy")
-    config.num_labels = 1
-    save_model(AutoModelForSequenceClassification.from_config(config), tokenizer, folder / "reward")
+    save_sandbox_models(folder, layers=2)
     texts = list(PROMPT_OF)[:60]
     with gzip.open(folder / "prompts.jsonl.gz", "wt") as file:
         file.writelines(json.dumps({"prompt": text}) + "\n" for text in texts)

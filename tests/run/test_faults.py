@@ -11,11 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tensordict import TensorDict
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from ppo_kit import task as tasks
 from ppo_kit.engine import LocalEngine, NotFinite, Optimizer
-from ppo_kit.models import save_model
 from ppo_kit.modules import (
     GAE,
     ClippedSurrogate,
@@ -31,7 +29,6 @@ from ppo_kit.modules import (
 )
 from ppo_kit.run import check_finite
 from ppo_kit.run.__main__ import main as command
-from ppo_kit.sandbox import sandbox_config, sandbox_tokenizer
 from ppo_kit.sandbox.world import PROMPT_OF
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
@@ -46,14 +43,9 @@ class Settings(ppo_max.PPOMax):
 
 
 @pytest.fixture(scope="module")
-def user(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+def user(save_sandbox_models, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     folder = tmp_path_factory.mktemp("user")
-    tokenizer = sandbox_tokenizer()
-    torch.manual_seed(0)
-    config = sandbox_config(tokenizer, hidden_size=16, layers=1)
-    save_model(AutoModelForCausalLM.from_config(config), tokenizer, folder / "policy")
-    config.num_labels = 1
-    save_model(AutoModelForSequenceClassification.from_config(config), tokenizer, folder / "reward")
+    save_sandbox_models(folder, layers=1)
     texts = list(PROMPT_OF)[:20]
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     return {
