@@ -11,29 +11,27 @@ from tensordict import NonTensorStack, TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from transformers import PreTrainedTokenizerBase
 
-from ppo_kit import ranks
 from ppo_kit.data import Dialogues, Prompts, end_of_turn_id, load_prompts, pad_prompts
-from ppo_kit.engine import Engine, LocalEngine
+from ppo_kit.engine import Engine, LocalEngine, ranks
+from ppo_kit.memory import estimate_memory
 from ppo_kit.models import (
     Critic,
     LoRA,
     Policy,
     Reference,
-    RetokenizedReward,
     RewardModel,
     check_embeddings,
-    decode,
     freeze_below,
     load_causal_lm,
     load_scalar_model,
     load_tokenizer,
     save_model,
 )
-from ppo_kit.models.memory import estimate_memory
 from ppo_kit.monitor.metrics import rollout_metrics
-from ppo_kit.rollout import Sampling, rollout, row_seed
-from ppo_kit.run.settings import PPOSettings
+from ppo_kit.rewards import RetokenizedReward, decode
+from ppo_kit.sampling import Sampling, rollout, row_seed
 from ppo_kit.sandbox.corpus import sandbox_dialogues, sandbox_gold, sandbox_prompts
+from ppo_kit.training.settings import PPOSettings
 
 logger = logging.getLogger(__name__)
 

@@ -24,9 +24,8 @@ from sft import sandbox_policy
 from tensordict import TensorDictBase
 from transformers import PreTrainedTokenizerBase
 
-from ppo_kit import ranks
 from ppo_kit.data import OnBadRow, Pairs, collate_pairs, load_pairs, plan_pairs
-from ppo_kit.engine import Optimizer, Schedule
+from ppo_kit.engine import Optimizer, Schedule, ranks
 from ppo_kit.models import (
     Policy,
     RewardModel,
@@ -41,12 +40,13 @@ from ppo_kit.models import (
 from ppo_kit.models.language_head import RewardWithLanguageHead, language_head
 from ppo_kit.models.lora import LoRA
 from ppo_kit.modules.preference import PairwiseLoss
-from ppo_kit.monitor.preference_picture import draw_preference_report
-from ppo_kit.monitor.preference_report import differences_of, hardest_pairs, share_right, summarize_pairs
-from ppo_kit.run import PPOSettings, RunSettings, new_folder
+from ppo_kit.report.preference_picture import draw_preference_report
+from ppo_kit.report.preference_report import differences_of, hardest_pairs, share_right, summarize_pairs
+from ppo_kit.run import new_folder
 from ppo_kit.run.folder import describe
 from ppo_kit.run.records import JsonLines, write_json, write_whole
 from ppo_kit.sandbox import sandbox_pairs, sandbox_prompts
+from ppo_kit.training import PPOSettings, RunSettings
 
 
 @dataclass(frozen=True)

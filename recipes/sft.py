@@ -28,8 +28,9 @@ from ppo_kit.models import (
     settings_key,
 )
 from ppo_kit.modules import LanguageModelLoss
-from ppo_kit.run import RunSettings, new_folder
+from ppo_kit.run import new_folder
 from ppo_kit.sandbox import sandbox_config, sandbox_dialogues, sandbox_tokenizer
+from ppo_kit.training import RunSettings
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,9 @@ from ppo_kit.modules import (
     total_loss,
 )
 from ppo_kit.monitor import Averages, Stopwatch, check_first_ratio, rollout_metrics
-from ppo_kit.run import PPOSettings, Run, check_finite
+from ppo_kit.run import Run, check_finite
 from ppo_kit.task import load_task
+from ppo_kit.training import PPOSettings
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import tyro
 
-from ppo_kit.monitor import draw_comparison
+from ppo_kit.report import draw_comparison
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 COLUMNS = ("score", "gold_score", "kl", "perplexity", "response_length")

@@ -18,9 +18,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ppo_kit.doctor.examine import Finding, examine
+from ppo_kit.doctor.examine import examine
+from ppo_kit.doctor.finding import Finding
 from ppo_kit.doctor.subject import Subject
-from ppo_kit.run.settings import PPOSettings
+from ppo_kit.training.settings import PPOSettings
 
 STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red"}
 

@@ -4,25 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Literal
 
 from ppo_kit.doctor import model_checks, text_checks
+from ppo_kit.doctor.finding import Finding, Level
 from ppo_kit.doctor.subject import Subject
-
-Level = Literal["pass", "warn", "fail"]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What one check found. ``fix`` is what to do about it, empty where there is nothing to do."""
-
-    check: str
-    level: Level
-    found: str
-    fix: str = ""
-    seconds: float = 0.0
-
 
 Check = Callable[[Subject], "tuple[Level, str, str]"]
 """subject -> (level, what was found, how to fix it)."""

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
+from ppo_kit.doctor.finding import Level
 from ppo_kit.doctor.subject import Subject
-from ppo_kit.models.memory import estimate_memory
-from ppo_kit.models.retokenized import RetokenizedReward
+from ppo_kit.memory import estimate_memory
 from ppo_kit.monitor.first_ratio import check_first_ratio
-
-if TYPE_CHECKING:
-    from ppo_kit.doctor.examine import Level
+from ppo_kit.rewards.retokenized import RetokenizedReward
 
 TOLERANCE = 1e-3
 """Largest difference that rounding explains where models compute in float32 [nats, or units of the score]."""

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from ppo_kit.data import Prompts, load_prompts
 from ppo_kit.engine import EngineSettings, LocalEngine
 from ppo_kit.models.load import load_tokenizer
-from ppo_kit.run.settings import PPOSettings
 from ppo_kit.task import Task, load_task
+from ppo_kit.training.settings import PPOSettings
 
 ROWS = 8
 """Prompts that are sampled from. Enough to see a fault, few enough for a CPU."""

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ppo_kit.data import end_of_turn_id
+from ppo_kit.doctor.finding import Level
 from ppo_kit.doctor.subject import ROWS, Subject
 from ppo_kit.models.vocabulary import check_same_vocabulary
-
-if TYPE_CHECKING:
-    from ppo_kit.doctor.examine import Level
 
 
 def tokens(subject: Subject) -> tuple[Level, str, str]:

@@ -12,7 +12,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
-from ppo_kit import ranks
+from ppo_kit.engine import ranks
 from ppo_kit.engine.optimizer import NotFinite, Optimizer
 from ppo_kit.engine.settings import EngineSettings
 from ppo_kit.modules.minibatches import micro_batches, with_counts
@@ -150,22 +150,6 @@ class Engine(ABC):
         finally:
             module.model.train(training)
             module.wrap(wrapped)
-
-
-def start_engine(settings: EngineSettings) -> Engine:
-    """The engine that ``settings`` name; under torchrun or deepspeed, this process as one of its ranks.
-
-    Raises:
-        ValueError: settings that exclude each other; several ranks for the local engine.
-        ModuleNotFoundError: deepspeed is asked for and not installed.
-    """
-    if settings.engine == "deepspeed":
-        from ppo_kit.engine.zero import DeepSpeedEngine
-
-        return DeepSpeedEngine(settings)
-    from ppo_kit.engine.local import LocalEngine
-
-    return LocalEngine(settings)
 
 
 def device_of(settings: EngineSettings) -> torch.device:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ppo_kit import ranks
+from ppo_kit.engine import ranks
 from ppo_kit.engine.engine import Engine, Networked, Stateful, device_of
 from ppo_kit.engine.optimizer import NotFinite, Optimizer
 from ppo_kit.engine.settings import EngineSettings

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppo_kit import ranks
+from ppo_kit.engine import ranks
 
 
 def keep(value: Tensor) -> Tensor:

@@ -11,9 +11,7 @@ from ppo_kit.models.load import (
 )
 from ppo_kit.models.lora import LoRA
 from ppo_kit.models.policy import Policy, Reference
-from ppo_kit.models.retokenized import RetokenizedReward
 from ppo_kit.models.scoring import Bootstrap, Critic, RewardModel
-from ppo_kit.models.text_reward import TextReward, TokenReward, decode
 from ppo_kit.models.vocabulary import check_embeddings, check_same_vocabulary
 
 __all__ = [
@@ -22,15 +20,11 @@ __all__ = [
     "LoRA",
     "Policy",
     "Reference",
-    "RetokenizedReward",
     "RewardModel",
-    "TextReward",
-    "TokenReward",
     "cache_folder",
     "cached",
     "check_embeddings",
     "check_same_vocabulary",
-    "decode",
     "freeze_below",
     "load_causal_lm",
     "load_scalar_model",

@@ -1,8 +1,7 @@
-"""What every recipe needs around its loop: the run folder, resume, logging, progress, signals."""
+"""What is around the loop of a run: its folder, checkpoints, records, faults, signals."""
 
 from ppo_kit.run.faults import check_finite
 from ppo_kit.run.folder import new_folder
 from ppo_kit.run.run import Run
-from ppo_kit.run.settings import PPOSettings, RunSettings
 
-__all__ = ["PPOSettings", "Run", "RunSettings", "check_finite", "new_folder"]
+__all__ = ["Run", "check_finite", "new_folder"]

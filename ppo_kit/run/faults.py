@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from ppo_kit import ranks
 from ppo_kit.batch import SCHEMA
+from ppo_kit.engine import ranks
 from ppo_kit.engine.optimizer import NotFinite
 from ppo_kit.run.records import plain
 

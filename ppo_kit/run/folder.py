@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from ppo_kit.monitor.history import read_json
+from ppo_kit.report.history import read_json
 from ppo_kit.run.checkpoint import has_checkpoint
 from ppo_kit.run.records import plain, write_json
 

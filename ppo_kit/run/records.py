@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from ppo_kit.monitor.history import read_rows
+from ppo_kit.report.history import read_rows
 
 
 def plain(value: Any) -> Any:

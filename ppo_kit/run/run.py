@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ppo_kit import ranks
-from ppo_kit.engine import Engine, LocalEngine, Stateful
-from ppo_kit.monitor.dashboard import draw_dashboard
+from ppo_kit.engine import Engine, LocalEngine, Stateful, ranks
 from ppo_kit.monitor.metrics import METRICS
-from ppo_kit.monitor.report import write_report
+from ppo_kit.report.dashboard import draw_dashboard
+from ppo_kit.report.page import write_report
 from ppo_kit.run import checkpoint
 from ppo_kit.run.faults import Clearable, Faults
 from ppo_kit.run.folder import Settings, open_folder

@@ -10,8 +10,8 @@ from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 from ppo_kit.data import Answered, Dialogues, Encoder, Pair, Pairs, Prompts, pad_prompts
 from ppo_kit.models.policy import Policy
-from ppo_kit.models.text_reward import TextReward
-from ppo_kit.rollout import Sampling, rollout, row_seed
+from ppo_kit.rewards.text_reward import TextReward
+from ppo_kit.sampling import Sampling, rollout, row_seed
 from ppo_kit.sandbox.gold import gold_reward
 from ppo_kit.sandbox.world import Prompt, sft_answer, split_prompts
 

@@ -14,12 +14,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from ppo_kit.doctor import CHECKS, Subject, examine, model_checks
 from ppo_kit.doctor.__main__ import main
+from ppo_kit.memory import MemoryEstimate
 from ppo_kit.models import Critic, Policy, RewardModel, save_model
-from ppo_kit.models.memory import MemoryEstimate
-from ppo_kit.rollout import Sampling
-from ppo_kit.run import PPOSettings
+from ppo_kit.sampling import Sampling
 from ppo_kit.sandbox import sandbox_config, sandbox_tokenizer
 from ppo_kit.sandbox.world import PROMPT_OF
+from ppo_kit.training import PPOSettings
 
 
 @pytest.fixture(scope="module")

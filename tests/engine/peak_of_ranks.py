@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 import ppo_max
 
 from ppo_kit import task as tasks
+from ppo_kit.memory import MemoryEstimate, estimate_memory
 from ppo_kit.models import save_model
-from ppo_kit.models.memory import MemoryEstimate, estimate_memory
 from ppo_kit.sandbox import sandbox_config, sandbox_tokenizer
 from ppo_kit.sandbox.world import PROMPT_OF
 

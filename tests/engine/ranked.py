@@ -19,12 +19,11 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictSequential
 
-from ppo_kit import ranks
 from ppo_kit import task as tasks
-from ppo_kit.engine import Engine, start_engine
+from ppo_kit.engine import Engine, ranks, start_engine
 from ppo_kit.models import Policy, load_causal_lm
 from ppo_kit.modules import GAE, AdaptiveKL, KLPenalty, Whiten
-from ppo_kit.rollout import Sampling, rollout
+from ppo_kit.sampling import Sampling, rollout
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 import ppo_max

@@ -11,8 +11,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from ppo_kit import ranks
-from ppo_kit.engine import EngineSettings, LocalEngine, start_engine
+from ppo_kit.engine import EngineSettings, LocalEngine, ranks, start_engine
 from ppo_kit.engine.engine import device_of
 from ppo_kit.engine.zero_config import zero_config
 from ppo_kit.models import Critic, LoRA, Policy

@@ -23,7 +23,7 @@ from ppo_kit.models import (
     load_tokenizer,
     save_model,
 )
-from ppo_kit.rollout import Sampling, rollout
+from ppo_kit.sampling import Sampling, rollout
 
 PROMPTS, RESPONSES = [[3, 4], [5, 6, 7, 8]], [[9, 10, 11], [12, 1]]
 BF16 = torch.bfloat16

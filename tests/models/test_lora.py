@@ -14,7 +14,7 @@ from ppo_kit.data import pad_prompts
 from ppo_kit.engine import Optimizer
 from ppo_kit.models import Critic, Policy, Reference, RewardModel
 from ppo_kit.models.lora import LoRA
-from ppo_kit.rollout import Sampling, rollout
+from ppo_kit.sampling import Sampling, rollout
 
 PROMPTS, RESPONSES = [[3, 4], [5, 6, 7, 8]], [[9, 10, 11], [12, 1]]
 

@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from ppo_kit.data import load_pairs, pair_batches, plan_pairs
 from ppo_kit.models import RewardModel, load_scalar_model, save_model
-from ppo_kit.monitor.history import read_rows
-from ppo_kit.monitor.preference_report import differences_of, wilson_interval
-from ppo_kit.run import PPOSettings
+from ppo_kit.report.history import read_rows
+from ppo_kit.report.preference_report import differences_of, wilson_interval
 from ppo_kit.sandbox import sandbox_config, sandbox_tokenizer
 from ppo_kit.sandbox.world import PROMPT_OF
 from ppo_kit.task import load_task
+from ppo_kit.training import PPOSettings
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 import reward_model

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from ppo_kit.data import end_of_turn_id
-from ppo_kit.models import Policy, TextReward
+from ppo_kit.models import Policy
+from ppo_kit.rewards import TextReward
 from ppo_kit.sandbox import (
     gold_reward,
     sandbox_config,

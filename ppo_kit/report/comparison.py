@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ppo_kit.monitor.curves import (
+from ppo_kit.report.curves import (
     FAINT,
     INK,
     LABELS,
@@ -20,7 +20,7 @@ from ppo_kit.monitor.curves import (
     smooth,
     window_of,
 )
-from ppo_kit.monitor.history import read_rows, series
+from ppo_kit.report.history import read_rows, series
 
 _PANELS = ("score", "gold_score", "kl", "perplexity", "response_length", "value_loss")
 

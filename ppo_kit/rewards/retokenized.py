@@ -12,9 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_kit.data import end_of_turn_id, pad_ids
 from ppo_kit.models.scoring import RewardModel
-from ppo_kit.models.text_reward import decode
 from ppo_kit.models.vocabulary import check_embeddings
 from ppo_kit.modules.base import BatchModule
+from ppo_kit.rewards.text_reward import decode
 
 Ending = Literal["template", "end_of_turn"]
 

@@ -1,6 +1,6 @@
 """PPO steps on given models, alone in a process, as recipes take them: the estimated and the measured peak.
 
-python tests/models/peak_memory.py POLICY REWARD '{"rollout_size": 16, "lora_rank": 8}'
+python tests/memory/peak_memory.py POLICY REWARD '{"rollout_size": 16, "lora_rank": 8}'
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from tensordict.nn import TensorDictSequential
 
 from ppo_kit.data import pad_prompts
 from ppo_kit.engine import Optimizer
+from ppo_kit.memory import Workload, estimate_memory
+from ppo_kit.memory.live_bytes import LiveBytes
 from ppo_kit.models import (
     Critic,
     Policy,
@@ -25,9 +27,7 @@ from ppo_kit.models import (
     load_causal_lm,
     load_scalar_model,
 )
-from ppo_kit.models.live_bytes import LiveBytes
 from ppo_kit.models.lora import LoRA
-from ppo_kit.models.memory import Workload, estimate_memory
 from ppo_kit.modules import (
     GAE,
     ClippedSurrogate,
@@ -38,7 +38,7 @@ from ppo_kit.modules import (
     minibatches,
     total_loss,
 )
-from ppo_kit.rollout import Sampling, rollout
+from ppo_kit.sampling import Sampling, rollout
 
 
 def take_steps(

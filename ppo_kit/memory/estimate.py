@@ -1,7 +1,7 @@
 """What a PPO run will need of memory, from the models' configs alone: no weight is loaded or made.
 
-    python -m ppo_kit.models.memory --policy HuggingFaceTB/SmolLM2-135M-Instruct --lora-rank 16
-    python -m ppo_kit.models.memory --policy LLAMA-7B --ranks 8 --zero-stage 3 --bf16 --device cuda
+    python -m ppo_kit.memory --policy HuggingFaceTB/SmolLM2-135M-Instruct --lora-rank 16
+    python -m ppo_kit.memory --policy LLAMA-7B --ranks 8 --zero-stage 3 --bf16 --device cuda
 
 Models are built of tensors without data, and one step of sampling, scoring and training is played with them
 while the bytes alive are counted; attention kernels are those of a CPU. Weights and optimizer states are
@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ppo_kit.models.live_bytes import LiveBytes
-from ppo_kit.models.played import Cast, Workload
-from ppo_kit.models.sharding import Sharding
+from ppo_kit.memory.live_bytes import LiveBytes
+from ppo_kit.memory.sharding import Sharding
+from ppo_kit.memory.simulated import Cast, Workload
 
 GIB = 2**30
 FIRST_USE = 100 * 2**20
@@ -132,9 +132,7 @@ def _gib(size: int) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the estimate; returns 1 where it exceeds what is available."""
-    parser = argparse.ArgumentParser(
-        prog="python -m ppo_kit.models.memory", description=__doc__.split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m ppo_kit.memory", description=__doc__.split("\n")[0])
     parser.add_argument("--policy", required=True, help="smollm2, a folder or a Hub id; its config is read")
     parser.add_argument("--reward", help="reward model, likewise; none if not given")
     defaults = Workload()
@@ -155,7 +153,3 @@ def main(arguments: list[str] | None = None) -> int:
     estimate = estimate_memory(policy, reward, work=work, sharding=sharding, device=device)
     print(estimate)
     return 0 if estimate.fits else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

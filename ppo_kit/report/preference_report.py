@@ -1,7 +1,7 @@
 """How well a reward model ranks held-out pairs: accuracy and interval, baselines, calibration, hardest pairs.
 
 Everything is computed from one row per pair, ``chosen_score``, ``rejected_score``, ``chosen_tokens`` and
-``rejected_tokens``, and drawn from the files of a folder by ``ppo_kit.monitor.preference_picture``.
+``rejected_tokens``, and drawn from the files of a folder by ``ppo_kit.report.preference_picture``.
 """
 
 from __future__ import annotations

@@ -7,12 +7,11 @@ from pathlib import Path
 
 from torch import nn
 
-from ppo_kit import ranks
 from ppo_kit.data import OnBadRow
-from ppo_kit.engine import Engine, EngineSettings, Optimizer, Schedule
+from ppo_kit.engine import Engine, EngineSettings, Optimizer, Schedule, ranks
 from ppo_kit.engine.zero_config import zero_config
-from ppo_kit.models.memory import Workload
-from ppo_kit.models.sharding import Sharding
+from ppo_kit.memory import Workload
+from ppo_kit.memory.sharding import Sharding
 
 
 @dataclass(frozen=True)

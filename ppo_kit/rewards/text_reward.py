@@ -11,8 +11,8 @@ from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ppo_kit.models.row_workers import RowError, RowTimeout, RowWorkers
 from ppo_kit.modules.base import BatchModule
+from ppo_kit.rewards.row_workers import RowError, RowTimeout, RowWorkers
 
 RewardFunction = Callable[[list[str], list[str], TensorDictBase], "Sequence[float] | Tensor"]
 """(prompts, responses, batch) -> one number a row, or [B,T]. Token ids are the truth and are in the batch."""

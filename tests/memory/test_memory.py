@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from ppo_kit.models.live_bytes import LiveBytes
-from ppo_kit.models.memory import GIB, MemoryEstimate, Workload, estimate_memory, main
+from ppo_kit.memory import GIB, MemoryEstimate, Workload, estimate_memory, main
+from ppo_kit.memory.live_bytes import LiveBytes
 
 pytest.importorskip("peft", reason="peft is not installed")
 take_steps = runpy.run_path(str(Path(__file__).with_name("peak_memory.py")))["take_steps"]

@@ -11,8 +11,8 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from ppo_kit.monitor.history import read_json, read_rows
 from ppo_kit.monitor.metrics import METRICS
+from ppo_kit.report.history import read_json, read_rows
 
 STEPS = 20
 """Steps whose samples are shown: the first, the last, and some between at even distances."""

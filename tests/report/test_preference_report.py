@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from ppo_kit.monitor.preference_picture import draw_preference_report
-from ppo_kit.monitor.preference_report import (
+from ppo_kit.report.preference_picture import draw_preference_report
+from ppo_kit.report.preference_report import (
     calibration,
     hardest_pairs,
     share_right,

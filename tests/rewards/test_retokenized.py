@@ -11,8 +11,8 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from ppo_kit.data import pad_answers
-from ppo_kit.models.retokenized import RetokenizedReward
 from ppo_kit.models.vocabulary import check_embeddings, check_same_vocabulary
+from ppo_kit.rewards.retokenized import RetokenizedReward
 from ppo_kit.sandbox.tokenizer import sandbox_tokenizer
 
 POLICY = sandbox_tokenizer()

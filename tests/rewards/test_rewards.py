@@ -15,11 +15,12 @@ from tensordict import NonTensorStack, TensorDict
 from tensordict.nn import TensorDictSequential
 
 from ppo_kit.data import pad_answers
-from ppo_kit.models import RewardModel, TextReward
-from ppo_kit.models.rewards import ExactMatch, LengthReward, RegexReward, SentimentReward
-from ppo_kit.models.row_workers import RowWorkers
-from ppo_kit.models.text_reward import TokenReward
+from ppo_kit.models import RewardModel
 from ppo_kit.modules import SumScores
+from ppo_kit.rewards import TextReward
+from ppo_kit.rewards.functions import ExactMatch, LengthReward, RegexReward, SentimentReward
+from ppo_kit.rewards.row_workers import RowWorkers
+from ppo_kit.rewards.text_reward import TokenReward
 from ppo_kit.sandbox.tokenizer import sandbox_tokenizer
 
 TOKENIZER = sandbox_tokenizer()

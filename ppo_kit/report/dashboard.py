@@ -15,7 +15,7 @@ from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.gridspec import SubplotSpec
 
-from ppo_kit.monitor.curves import (
+from ppo_kit.report.curves import (
     BLUE,
     FAINT,
     INK,
@@ -28,7 +28,7 @@ from ppo_kit.monitor.curves import (
     smooth,
     window_of,
 )
-from ppo_kit.monitor.history import read_json, read_rows, series
+from ppo_kit.report.history import read_json, read_rows, series
 
 _SLATE = "#3B4A5A"
 _SHADES = LinearSegmentedColormap.from_list("shades", ["#FFFFFF", "#BBD7EA", "#5FA3CF", BLUE, "#06304D"])

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from ppo_kit.monitor import draw_comparison, draw_dashboard
-from ppo_kit.monitor.curves import smooth
-from ppo_kit.monitor.history import read_rows, series
+from ppo_kit.report import draw_comparison, draw_dashboard
+from ppo_kit.report.curves import smooth
+from ppo_kit.report.history import read_rows, series
 
 
 def write_run(folder, *, steps=30, seed=0, gold=True, nan_at=()):

@@ -1,6 +1,6 @@
 """MOSS-RLHF's released models, recovered from their published weight differences.
 
-    python -m ppo_kit.models.moss recover --base DIR --diff DIR --out DIR --kind reward --release en
+    python -m ppo_kit.convert.moss recover --base DIR --diff DIR --out DIR --kind reward --release en
 
 The models of "Secrets of RLHF in Large Language Models Part I: PPO" (arXiv 2307.04964) were published as
 differences to a base (en: Llama-7B, zh: OpenChineseLLaMA-7B). Only tensors with ``layers`` in their name
@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from ppo_kit.models.shards import ShardReader, ShardWriter
+from ppo_kit.convert.shards import ShardReader, ShardWriter
 
 Kind = Literal["reward", "sft", "policy"]
 Release = Literal["en", "zh"]
@@ -217,7 +217,9 @@ def _copy_tokenizer(base: Path, diff: Path, out: Path, release: Release | None) 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m ppo_kit.models.moss", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m ppo_kit.convert.moss", description=__doc__.split("\n")[0]
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("recover", help="add a published difference to its base")
     command.add_argument("--base", type=Path, required=True, help="folder of Llama-7B or OpenChineseLLaMA-7B")

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from ppo_kit.monitor.report import STEPS, write_report
+from ppo_kit.report.page import STEPS, write_report
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)> \"'> </div> {{ 7*7 }} & é \u202e"
 

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ppo_kit.monitor.curves import (
+from ppo_kit.report.curves import (
     BLUE,
     FAINT,
     INK,
@@ -23,8 +23,8 @@ from ppo_kit.monitor.curves import (
     say_empty,
     window_of,
 )
-from ppo_kit.monitor.history import read_json, read_rows, series
-from ppo_kit.monitor.preference_report import calibration, differences_of, summarize_pairs, wilson_interval
+from ppo_kit.report.history import read_json, read_rows, series
+from ppo_kit.report.preference_report import calibration, differences_of, summarize_pairs, wilson_interval
 
 
 def draw_preference_report(folder: Path, path: Path | None = None) -> Path:

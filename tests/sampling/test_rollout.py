@@ -8,7 +8,7 @@ import torch
 from ppo_kit.batch import check_batch
 from ppo_kit.models import Policy
 from ppo_kit.monitor import check_first_ratio
-from ppo_kit.rollout import Sampling, rollout, row_seed
+from ppo_kit.sampling import Sampling, rollout, row_seed
 
 PROMPTS = [[3], [4, 5, 6], [7, 8], [9, 10, 11, 12]]
 EOS = 1

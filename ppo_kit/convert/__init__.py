@@ -1,0 +1,1 @@
+"""Checkpoints of other projects, converted to plain transformers folders."""

@@ -1,0 +1,7 @@
+"""``python -m ppo_kit.memory``: print the memory that a run needs."""
+
+import sys
+
+from ppo_kit.memory.estimate import main
+
+sys.exit(main())

@@ -1,0 +1,52 @@
+"""The settings of sampling: how long responses are, and which filters shape what is drawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn. The temperature is the policy's: it is the one that is scored at.
+
+    ``top_p``, ``top_k`` and ``repetition_penalty`` change the distribution that tokens are drawn from but not
+    the one that is scored, so KL and ratio are then estimates under another distribution; ``rescorable`` says
+    so and a run logs it.
+    """
+
+    max_new_tokens: int
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, ok, need in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("top_p", 0 < self.top_p <= 1, "a number in (0, 1]"),
+            ("top_k", self.top_k >= 0, "0 (off) or a positive number"),
+            ("repetition_penalty", self.repetition_penalty > 0, "a number above 0"),
+        ):
+            if not ok:
+                raise ValueError(f"{name}: got {getattr(self, name)}, needs {need}")
+
+    @property
+    def rescorable(self) -> bool:
+        return self.top_p == 1.0 and self.top_k == 0 and self.repetition_penalty == 1.0
+
+    def filters(self) -> LogitsProcessorList:
+        """The filters that are on, in the order of transformers' ``generate``."""
+        chosen = LogitsProcessorList()
+        if self.repetition_penalty != 1.0:
+            chosen.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
+        if self.top_k:
+            chosen.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1.0:
+            chosen.append(TopPLogitsWarper(self.top_p))
+        return chosen
