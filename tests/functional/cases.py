@@ -34,6 +34,11 @@ def normal(like: Tensor, seed: int, count: int, dtype: torch.dtype = torch.float
     return [torch.randn(like.shape, generator=generator, dtype=dtype) for _ in range(count)]
 
 
+def rounding(size: float, operations: int = 16, dtype: torch.dtype = torch.float32) -> float:
+    """What so many roundings of numbers up to ``size`` can add up to, on any CPU: an absolute tolerance."""
+    return operations * torch.finfo(dtype).eps * size
+
+
 def outputs_and_gradients(fn: Callable[..., Any], inputs: Sequence[Tensor]) -> list[Tensor]:
     """What ``fn`` returns, then the gradient of a fixed random combination of it in each input."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
