@@ -2,13 +2,16 @@
 
 from .batches import collate_pairs, pair_batches, plan_pairs
 from .check import Contents, check_file
-from .encode import Answered, Encoder, Pair, Prompt, TooLong, end_of_turn_id
-from .formats import Dialogue, Format, Message, answer_of, pair_of, prompt_of, row_format
-from .load import Dialogues, Pairs, Prompts, load_dialogues, load_pairs, load_prompts
+from .encode import Encoder, TooLong
+from .formats import Dialogue, Format, Message, answer_of, columns_of, pair_of, prompt_of, row_format
+from .items import Answered, Dialogues, Pair, Pairs, Prompt, Prompts, Rows
+from .load import load_dialogues, load_pairs, load_prompts
 from .order import epoch_order, step_rows
 from .padding import pad_answers, pad_ids, pad_prompts
 from .rows import BadRow, OnBadRow, RowReport, Source, read_rows
+from .split import count_prompts, split_rows, without_prompts
 from .stream import Stream
+from .template import end_ids, end_of_turn_id, render
 
 __all__ = [
     "Answered",
@@ -25,12 +28,16 @@ __all__ = [
     "Prompt",
     "Prompts",
     "RowReport",
+    "Rows",
     "Source",
     "Stream",
     "TooLong",
     "answer_of",
     "check_file",
     "collate_pairs",
+    "columns_of",
+    "count_prompts",
+    "end_ids",
     "end_of_turn_id",
     "epoch_order",
     "load_dialogues",
@@ -44,6 +51,9 @@ __all__ = [
     "plan_pairs",
     "prompt_of",
     "read_rows",
+    "render",
     "row_format",
+    "split_rows",
     "step_rows",
+    "without_prompts",
 ]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from tensordict import TensorDict
 
-from .encode import Pair
+from .items import Pair
 from .order import epoch_order
 from .padding import pad_answers
 

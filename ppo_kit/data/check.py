@@ -98,7 +98,7 @@ def check_file(source: Source, tokenizer: PreTrainedTokenizerBase | None = None)
 def _use(row: Any, encoder: Encoder | None, contents: Contents) -> None:
     """Count what the row can be used for, and its lengths; raise where it breaks its format's promise."""
     has_chosen = isinstance(row, dict) and "chosen" in row
-    measured = encoder.prompt(row).ids if encoder else "".join(turn["content"] for turn in prompt_of(row))
+    measured = encoder.prompt(row) if encoder else "".join(turn["content"] for turn in prompt_of(row))
     contents.uses["prompts"] += 1
     _measure(contents, "prompt", len(measured))
     if not has_chosen and row_format(row) in ("prompt", "moss"):

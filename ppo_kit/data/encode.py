@@ -2,67 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from jinja2 import TemplateError
-
-from .formats import Dialogue, answer_of, pair_of, prompt_of, row_format
+from .formats import Dialogue, answer_of, columns_of, pair_of, prompt_of, row_format
+from .items import Answered, Pair, Prompt
 from .rows import BadRow, RowReport
+from .template import end_ids, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TooLong: TypeAlias = Literal["bad", "cut"]
-
-
-class Prompt(NamedTuple):
-    """``ids``: the template with the generation prompt, no padding."""
-
-    ids: list[int]
-    messages: Dialogue
-
-
-class Pair(NamedTuple):
-    """A prompt with two answers; each ends with the end-of-turn token, exactly once."""
-
-    prompt_ids: list[int]
-    chosen_ids: list[int]
-    rejected_ids: list[int]
-    messages: Dialogue
-
-
-class Answered(NamedTuple):
-    """A prompt with one answer, which ends with the end-of-turn token, exactly once."""
-
-    prompt_ids: list[int]
-    answer_ids: list[int]
-    messages: Dialogue
-
-
-def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that ends an answer: the first special one the chat template writes after it, else ``eos``.
-
-    The two are one for SmolLM2 (``<|im_end|>``) and differ for Gemma (``<end_of_turn>``, ``<eos>``). Sampling
-    should stop at this one.
-
-    Raises:
-        ValueError: the tokenizer has no chat template, or neither of the two tokens.
-    """
-    _check_template(tokenizer)
-    answer = "ANSWER"
-    dialogue = [{"role": "user", "content": "x"}, {"role": "assistant", "content": answer}]
-    text = str(tokenizer.apply_chat_template(dialogue, tokenize=False))
-    suffix = text[text.rindex(answer) + len(answer) :] if answer in text else ""
-    found = [
-        (suffix.index(token.content), index)
-        for index, token in tokenizer.added_tokens_decoder.items()
-        if token.special and token.content in suffix
-    ]
-    if found:
-        return int(min(found)[1])
-    if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no eos_token and its chat template no token after an answer")
-    return int(tokenizer.eos_token_id)
 
 
 class Encoder:
@@ -93,7 +43,7 @@ class Encoder:
         if too_long == "cut" and report is None:
             raise ValueError("report: too_long='cut' needs one, so that what is cut is counted and said")
         self.report = RowReport() if report is None else report
-        self.end_id = end_of_turn_id(tokenizer)
+        self.end_id = end_ids(tokenizer)[0]
         template = str(tokenizer.chat_template)
         named = {tokenizer.bos_token, tokenizer.eos_token} - {None}
         added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
@@ -101,9 +51,10 @@ class Encoder:
 
     def prompt(self, row: Any) -> Prompt:
         """The row's prompt, of at most ``max_tokens``."""
+        columns = columns_of(row)
         prompt = self._fitted("prompt", prompt_of(row), 0)
         self._note_format(row)
-        return prompt
+        return Prompt(prompt, prompt.messages, columns)
 
     def pair(self, row: Any) -> Pair:
         """The row's prompt and two answers."""
@@ -112,7 +63,7 @@ class Encoder:
         if chosen_ids == rejected_ids:
             raise BadRow("chosen and rejected are equal", "once they are token ids")
         prompt = self._fitted("pair", messages, max(len(chosen_ids), len(rejected_ids)))
-        return Pair(prompt.ids, chosen_ids, rejected_ids, prompt.messages)
+        return Pair(prompt, chosen_ids, rejected_ids, prompt.messages)
 
     def answered(self, row: Any) -> Answered:
         """The row's prompt and answer (``chosen`` where there are two)."""
@@ -120,7 +71,7 @@ class Encoder:
         answer_ids = self._answer_ids(answer)
         prompt = self._fitted("dialogue", messages, len(answer_ids))
         self._note_format(row)
-        return Answered(prompt.ids, answer_ids, prompt.messages)
+        return Answered(prompt, answer_ids, prompt.messages)
 
     def _fitted(self, what: str, messages: Dialogue, answer_length: int) -> Prompt:
         ids, kept = self._prompt_ids(messages), messages
@@ -139,13 +90,8 @@ class Encoder:
     def _prompt_ids(self, messages: Dialogue) -> list[int]:
         for message in messages:
             self._check_markers(message["content"])
-        try:
-            encoded = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=True
-            )
-        except TemplateError as error:
-            raise BadRow("refused by the chat template", str(error)) from None
-        return list(encoded["input_ids"])
+        text = render(self.tokenizer, messages, add_generation_prompt=True)
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _answer_ids(self, answer: str) -> list[int]:
         self._check_markers(answer)
@@ -168,11 +114,3 @@ def _without_oldest(messages: Dialogue) -> Dialogue:
         if messages[start]["role"] == "user":
             return system + messages[start:]
     return []
-
-
-def _check_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise ValueError(
-            f"the tokenizer of {tokenizer.name_or_path or type(tokenizer).__name__!r} has no chat template, "
-            "so how its model marks turns is unknown; set tokenizer.chat_template to the one of its training"
-        )

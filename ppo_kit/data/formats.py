@@ -8,7 +8,15 @@ from __future__ import annotations
 import re
 from typing import Any, Literal, TypeAlias, TypedDict
 
+from ppo_kit.batch import SCHEMA
+
 from .rows import BadRow
+
+DIALOGUE_KEYS = frozenset({"chosen", "messages", "prompt", "rejected", "system"})
+"""Keys of a row that its dialogue is made of; every other key is a column of the user's own."""
+
+TAKEN = frozenset({*SCHEMA, "abstained", "gold_score"})
+"""Names that the batch of a run uses itself."""
 
 
 class Message(TypedDict):
@@ -93,6 +101,23 @@ def pair_of(row: Any) -> tuple[Dialogue, str, str]:
     if chosen == rejected:
         raise BadRow("chosen and rejected are equal")
     return prompt, chosen, rejected
+
+
+def columns_of(row: Any) -> dict[str, Any]:
+    """What a row holds beside its dialogue, values as they are. BadRow where the batch uses the name itself.
+
+    >>> columns_of({"prompt": "2 + 3", "answer": 5, "topic": None})
+    {'answer': 5, 'topic': None}
+    """
+    if not isinstance(row, dict):
+        return {}
+    columns = {name: value for name, value in row.items() if name not in DIALOGUE_KEYS}
+    for name in columns:
+        if not isinstance(name, str):
+            raise BadRow("a column's name is not a string", repr(name))
+        if name in TAKEN:
+            raise BadRow(f"column `{name}` has a name that the batch uses itself", "give it another name")
+    return columns
 
 
 def _split(row: Any, side: Literal["chosen", "rejected"]) -> tuple[Dialogue, str | None]:

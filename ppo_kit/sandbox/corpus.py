@@ -121,5 +121,4 @@ def _messages(prompt: Prompt) -> list[dict[str, str]]:
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]) -> Prompts:
     encoder = Encoder(tokenizer, max_tokens=MAX_PROMPT_TOKENS)
-    encoded = [encoder.prompt({"messages": _messages(prompt)}) for prompt in prompts]
-    return Prompts([item.ids for item in encoded], [item.messages for item in encoded])
+    return Prompts([encoder.prompt({"messages": _messages(prompt)}) for prompt in prompts])

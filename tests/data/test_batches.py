@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from ppo_kit.batch import check_batch
 from ppo_kit.data import (
     Pair,
+    Prompt,
     Prompts,
     collate_pairs,
     pad_answers,
@@ -29,7 +30,7 @@ def test_every_row_comes_once_an_epoch_whatever_the_batch_size(rows: int, size: 
 
 
 def test_a_step_needs_no_step_before_it() -> None:
-    prompts = Prompts(ids=[[i] for i in range(1, 12)], messages=[[] for _ in range(11)])
+    prompts = Prompts([Prompt([i], []) for i in range(1, 12)])
     run = [prompts.batch(step, 4, seed=7) for step in range(12)]
     assert prompts.batch(9, 4, seed=7) == run[9]
     assert [prompts.batch(step, 4, seed=8) for step in range(12)] != run

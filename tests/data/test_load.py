@@ -11,7 +11,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from ppo_kit.batch import check_batch
-from ppo_kit.data import BadRow, Prompts, end_of_turn_id, load_dialogues, load_pairs, load_prompts
+from ppo_kit.data import BadRow, end_of_turn_id, load_dialogues, load_pairs, load_prompts
 
 Write = Callable[..., Path]
 Make = Callable[..., PreTrainedTokenizerFast]
@@ -156,17 +156,6 @@ def test_the_end_of_turn_comes_from_the_template_before_eos(make_tokenizer: Make
     assert end_of_turn_id(make_tokenizer(plain)) == tokenizer.convert_tokens_to_ids("<end>")
     with pytest.raises(ValueError, match="no eos_token"):
         end_of_turn_id(make_tokenizer(plain, eos_token=None))
-
-
-def test_prompts_are_a_sequence_and_refuse_lists_that_do_not_match() -> None:
-    turn: Any = [{"role": "user", "content": "a"}]
-    prompts = Prompts(ids=[[1], [2], [3]], messages=[turn, turn, turn])
-    assert list(prompts) == [[1], [2], [3]]
-    assert prompts[1:] == Prompts(ids=[[2], [3]], messages=[turn, turn])
-    with pytest.raises(ValueError, match="messages: got 1 dialogues, needs 2"):
-        Prompts(ids=[[1], [2]], messages=[turn])
-    with pytest.raises(ValueError, match="row 1 holds no token"):
-        Prompts(ids=[[1], []], messages=[turn, turn])
 
 
 def test_dialogues_give_batches_of_the_schema(tokenizer: PreTrainedTokenizerFast) -> None:
