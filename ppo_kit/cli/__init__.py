@@ -1,0 +1,5 @@
+"""From a command line to a recipe's ``main(cfg)``: flags, settings files, and the ``ppo-kit`` command."""
+
+from ppo_kit.cli.recipe import run_recipe
+
+__all__ = ["run_recipe"]

@@ -1,0 +1,72 @@
+"""A user's mistake is told in one line; a fault of the code keeps its traceback."""
+
+from __future__ import annotations
+
+import linecache
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import ppo_kit
+
+PACKAGE = str(Path(ppo_kit.__file__).parent)
+_WRITTEN = (ValueError, KeyError, ImportError, ArithmeticError, RuntimeError)
+"""Errors that are a mistake of the user's where a ``raise`` statement wrote their text."""
+
+
+@dataclass
+class Outcome:
+    """The exit status of a program."""
+
+    status: int = 0
+
+
+@contextmanager
+def one_line(*, debug: bool) -> Iterator[Outcome]:
+    """Around a program's body: tell a mistake in one line and set the status to 2; 130 after Ctrl-C.
+
+    With ``debug``, and for errors that nobody wrote a message for (``describe`` gives None), nothing is
+    caught.
+    """
+    outcome = Outcome()
+    try:
+        yield outcome
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("interrupted", file=sys.stderr)
+        outcome.status = 130
+    except Exception as error:
+        text = None if debug else describe(error)
+        if text is None:
+            raise
+        print(f"error: {_rank()}{text}", file=sys.stderr)
+        outcome.status = 2
+
+
+def describe(error: Exception) -> str | None:
+    """The text of an error as one line; None for one that is no mistake of the user's.
+
+    Those are errors of files, and ``ValueError`` and the like that a ``raise`` statement wrote. The same
+    types raised by Python itself (``int("x")``, a missing dictionary key) point at a fault of the code, which
+    needs its traceback. An error from another package says where it was raised.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    place, line = (frames[-1].filename, frames[-1].lineno or 0) if frames else ("", 0)
+    raised = linecache.getline(place, line).lstrip().startswith("raise")
+    if not isinstance(error, OSError) and not (isinstance(error, _WRITTEN) and raised):
+        return None
+    said = error.args[0] if isinstance(error, KeyError) and error.args else error
+    text = " ".join(str(said).split()) or type(error).__name__
+    foreign = "site-packages" in place and not place.startswith(PACKAGE)
+    return f"{text} (raised in {place}:{line}; --debug shows the traceback)" if foreign else text
+
+
+def _rank() -> str:
+    """``rank N: `` of a process that torchrun started as another than the first."""
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" else f"rank {rank}: "
