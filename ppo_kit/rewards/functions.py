@@ -13,6 +13,8 @@ from typing import Any
 
 from tensordict import TensorDictBase
 
+from ppo_kit.rewards.columns import column
+
 
 @dataclass(frozen=True)
 class RegexReward:
@@ -37,7 +39,9 @@ class RegexReward:
 
 @dataclass(frozen=True)
 class ExactMatch:
-    """1 where the response is the row's ``batch[key]``, a text, else 0; space around both is left out.
+    """1 where the response is the row's ``key``, a text or number, else 0; space around both is left out.
+
+    It abstains on a row whose ``key`` is null.
 
     Raises:
         KeyError: the batch has no such key.
@@ -50,14 +54,10 @@ class ExactMatch:
 
     key: str = "answer"
 
-    def __call__(self, prompts: list[str], responses: list[str], batch: TensorDictBase) -> list[float]:
-        if self.key not in batch:
-            raise KeyError(
-                f"ExactMatch needs {self.key!r}, a text a row; the batch holds {sorted(batch.keys())}"
-            )
+    def __call__(self, prompts: list[str], responses: list[str], batch: TensorDictBase) -> list[float | None]:
         return [
-            float(response.strip() == str(answer).strip())
-            for response, answer in zip(responses, batch[self.key], strict=True)
+            None if answer is None else float(response.strip() == str(answer).strip())
+            for response, answer in zip(responses, column(batch, self.key, "ExactMatch"), strict=True)
         ]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -12,16 +11,22 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ppo_kit.modules.base import BatchModule
+from ppo_kit.rewards.columns import with_batch
 from ppo_kit.rewards.row_workers import RowError, RowTimeout, RowWorkers
 
-RewardFunction = Callable[[list[str], list[str], TensorDictBase], "Sequence[float] | Tensor"]
-"""(prompts, responses, batch) -> one number a row, or [B,T]. Token ids are the truth and are in the batch."""
+RewardFunction = Callable[..., "Sequence[float | None] | Tensor"]
+"""(prompts, responses, batch) -> one number a row, or [B,T], None for a row it cannot judge.
+
+Token ids are the truth and are in the batch. Or (prompts, responses, *, answer, …): columns by their names.
+"""
 
 
 class TextReward(BatchModule):
     """``score`` [B] from a function over decoded prompts and responses, special tokens left out.
 
-    Keys of the user's own, texts included, reach the function in the batch.
+    Columns of the user's own reach the function in the batch, or by name (``ppo_kit.rewards.columns``).
+    A row that the function gives None for has score 0 and ``abstained`` [B] True: the function does not know,
+    which is not the same as 0. An ``abstained`` that an earlier module wrote stays True.
 
     Args:
         function: a ``RewardFunction``.
@@ -30,11 +35,13 @@ class TextReward(BatchModule):
             batch included, n rows at once: for rewards that are slow.
         timeout: seconds a row may take; needs workers.
         processes: workers are processes instead of threads; the function must be importable.
-        out_keys: ``["gold_score"]`` for a gold reward that is only watched.
+        out_keys: ``["gold_score"]`` for a gold reward that is only watched; without a key for ``abstained``
+            it keeps this name.
 
     Raises:
-        ValueError: ``function`` is not callable with three arguments; it returned another shape, or a number
-            that is not finite. The row and its texts are shown.
+        ValueError: ``function`` is not callable as a ``RewardFunction``; it returned another shape, or a
+            number that is not finite. The row and its texts are shown.
+        KeyError: it names a column that the batch does not hold.
         TimeoutError, RuntimeError: a worker took too long over a row, or the function raised there.
 
     >>> from ppo_kit.data import pad_answers
@@ -48,7 +55,7 @@ class TextReward(BatchModule):
     """
 
     IN = ("prompt_ids", "prompt_mask", "response_ids", "response_mask")
-    OUT: ClassVar[Sequence[NestedKey]] = ("score",)
+    OUT: ClassVar[Sequence[NestedKey]] = ("score", "abstained")
 
     def __init__(
         self,
@@ -60,14 +67,16 @@ class TextReward(BatchModule):
         processes: bool = False,
         out_keys: Sequence[NestedKey] | None = None,
     ) -> None:
+        if out_keys is not None and len(out_keys) == len(self.OUT) - 1 and not isinstance(out_keys, str):
+            out_keys = [*out_keys, "abstained"]
         super().__init__(out_keys=out_keys)
         self.name = getattr(function, "__name__", type(function).__name__)
-        _check_callable(function, self.name)
+        self.call = with_batch(function, self.name)
         if not workers and (timeout is not None or processes):
             raise ValueError(f"reward {self.name}: timeout and processes need workers, at least 1")
         self.function, self.tokenizer = function, tokenizer
         self.workers = (
-            RowWorkers(_Row(function), workers=workers, timeout=timeout, processes=processes)
+            RowWorkers(_Row(self.call), workers=workers, timeout=timeout, processes=processes)
             if workers
             else None
         )
@@ -87,14 +96,18 @@ class TextReward(BatchModule):
             raise TimeoutError(fail(error.row, error.what)) from None
         except RowError as error:
             raise RuntimeError(fail(error.row, error.what)) from None
-        value = self._tensor(value, fail).to(prompt_ids.device)
+        value, abstained = self._tensor(value, self.shape(response_mask), fail)
+        value, abstained = value.to(prompt_ids.device), abstained.to(prompt_ids.device)
         self._check_shape(value, response_mask)
         value = self.masked(value, response_mask)
         wrong = ~value.isfinite().reshape(len(value), -1).all(1)
         if bool(wrong.any()):
             row = int(wrong.nonzero()[0])
             raise ValueError(fail(row, f"is {value[row].tolist()}, needs finite numbers"))
-        return self.write(batch, self.outputs(value))
+        before = batch.get(self.out_keys[-1], None)
+        if before is not None:
+            abstained = abstained | before
+        return self.write(batch, (*self.outputs(value), abstained))
 
     def shape(self, mask: Tensor) -> torch.Size:
         """What the function has to return."""
@@ -104,13 +117,13 @@ class TextReward(BatchModule):
         """``value`` with 0 in slots that hold no token."""
         return value
 
-    def outputs(self, value: Tensor) -> Any:
-        """The tensors of ``out_keys``."""
-        return value
+    def outputs(self, value: Tensor) -> tuple[Tensor, ...]:
+        """The tensors of ``out_keys``, but for ``abstained``."""
+        return (value,)
 
     def _call(self, prompts: list[str], responses: list[str], batch: TensorDictBase) -> Any:
         if self.workers is None:
-            return self.function(prompts, responses, batch)
+            return self.call(prompts, responses, batch)
         rows = batch.detach().cpu().split(1)
         return self.workers(list(zip(prompts, responses, rows, strict=True)))
 
@@ -123,30 +136,38 @@ class TextReward(BatchModule):
                 f"reward {self.name}: returned shape {list(value.shape)}, needs {list(needed)}, {unit}{hint}"
             )
 
-    def _tensor(self, value: Any, fail: Callable[[int, str], str]) -> Tensor:
+    def _tensor(
+        self, value: Any, shape: torch.Size, fail: Callable[[int, str], str]
+    ) -> tuple[Tensor, Tensor]:
+        """(what it returned with 0 for None, which rows were None)."""
         if isinstance(value, Tensor):
-            return value.detach().float()
+            return value.detach().float(), torch.zeros(shape[:1], dtype=torch.bool)
         try:
-            rows = [torch.as_tensor(row, dtype=torch.float32) for row in value]
+            value = list(value)
+            rows = [
+                torch.zeros(shape[1:]) if row is None else torch.as_tensor(row, dtype=torch.float32)
+                for row in value
+            ]
         except (TypeError, ValueError, RuntimeError):
             for row, each in enumerate(value if isinstance(value, Sequence) else ()):
                 if not _is_number_like(each):
-                    raise ValueError(fail(row, f"is {each!r}, needs a number")) from None
+                    raise ValueError(fail(row, f"is {each!r}, needs a number, or None")) from None
             raise ValueError(f"reward {self.name}: returned {value!r}, needs one number a row") from None
         if len({row.shape for row in rows}) > 1:
             shapes = [list(row.shape) for row in rows]
             raise ValueError(f"reward {self.name}: returned rows of different shapes {shapes}")
-        return torch.stack(rows) if rows else torch.zeros(0)
+        absent = torch.tensor([row is None for row in value], dtype=torch.bool)
+        return torch.stack(rows) if rows else torch.zeros(0), absent
 
 
 class TokenReward(TextReward):
     """``token_scores`` [B,T] from a function that gives one number a token, and ``score`` [B], their sum.
 
-    What the function gives in masked slots is not looked at; ``token_scores`` is 0 there. Arguments and
-    errors are those of ``TextReward``.
+    What the function gives in masked slots is not looked at; ``token_scores`` is 0 there, and in the whole of
+    a row that it gives None for. Arguments and errors are those of ``TextReward``.
     """
 
-    OUT = ("score", "token_scores")
+    OUT = ("score", "token_scores", "abstained")
 
     def shape(self, mask: Tensor) -> torch.Size:
         return mask.shape
@@ -154,14 +175,14 @@ class TokenReward(TextReward):
     def masked(self, value: Tensor, mask: Tensor) -> Tensor:
         return torch.where(mask, value, 0.0)
 
-    def outputs(self, value: Tensor) -> Any:
+    def outputs(self, value: Tensor) -> tuple[Tensor, ...]:
         return value.sum(1), value
 
 
 class _Row:
     """The function on a single row, for a worker."""
 
-    def __init__(self, function: RewardFunction) -> None:
+    def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
 
     def __call__(self, prompt: str, response: str, row: TensorDictBase) -> Any:
@@ -171,21 +192,9 @@ class _Row:
         return value[0].tolist() if isinstance(value[0], Tensor) else value[0]
 
 
-def _check_callable(function: Any, name: str) -> None:
-    needs = "needs a function of (prompts, responses, batch)"
-    if not callable(function):
-        raise ValueError(f"reward: got {function!r}, {needs}")
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):  # some builtins have none
-        return
-    try:
-        signature.bind([], [], {})
-    except TypeError as error:
-        raise ValueError(f"reward {name}: {error}; {needs}") from None
-
-
 def _is_number_like(value: Any) -> bool:
+    if value is None:
+        return True
     try:
         torch.as_tensor(value, dtype=torch.float32)
     except (TypeError, ValueError, RuntimeError):

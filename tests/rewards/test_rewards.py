@@ -73,8 +73,11 @@ def test_it_sees_texts_ids_and_row_metadata(batch):
         ([[1.0]] * 3, r"returned shape \[3, 1\], needs \[3\]"),
         (torch.zeros(3, 8), r"one number a row; TokenReward takes one a token"),
         (1.0, "returned 1.0, needs one number a row"),
-        ([1.0, None, 2.0], "row 1 is None, needs a number; prompt 'how do i cook rice"),
-        ([1.0, 2.0, "x"], "row 2 is 'x', needs a number"),
+        ([1.0, "x", 2.0], "row 1 is 'x', needs a number, or None; prompt 'how do i cook rice"),
+        ([None, 2.0, "x"], "row 2 is 'x', needs a number"),
+        (None, "returned None, needs one number a row"),
+        ([None, 1.0], r"returned shape \[2\], needs \[3\]"),
+        ([None, 2.0, math.nan], "row 2 is nan"),
         ([[1.0], 2.0, 3.0], "different shapes"),
         ([1.0, math.nan, 2.0], "row 1 is nan, needs finite.* response 'rinse the rice"),
         (torch.tensor([1.0, 0.0, math.inf]), "row 2 is inf"),
@@ -96,6 +99,8 @@ def named(name, function):
     [
         (None, {}, "got None, needs a function of"),
         (lambda text: [1.0], {}, "too many positional arguments; needs a function of"),
+        (lambda *, answer: [1.0], {}, "too many positional arguments; needs a function of"),
+        (lambda a, b, c, d: [1.0], {}, "missing a required argument: 'd'; needs a function of"),
         (count, {"timeout": 1.0}, "reward count: timeout and processes need workers"),
         (count, {"workers": -1}, "workers: got -1"),
         (count, {"workers": 1, "timeout": 0}, "timeout: got 0"),
@@ -206,7 +211,7 @@ def test_verifiable_rewards(batch):
         RegexReward("(")
     with pytest.raises(ValueError, match="words: got 0"):
         LengthReward(0)
-    with pytest.raises(KeyError, match="ExactMatch needs 'target'"):
+    with pytest.raises(KeyError, match=r"ExactMatch needs the column 'target'; the batch holds \['abst"):
         TextReward(ExactMatch("target"), TOKENIZER)(batch)
 
 
