@@ -94,14 +94,14 @@ def main(cfg: PPOMax) -> int:
         before = task.evaluate()
         if not run.restore(state):
             for step in range(1 - cfg.critic_pretrain_steps, 1):
-                with run.guard(step, critic_opt):
+                with run.skipping_faults(step, critic_opt):
                     for minibatch in cut(experience(task.rollout(step))):
                         for piece in engine.micro_batches(minibatch, cfg.micro_batch_size):
                             engine.backward(total_loss(value_loss(critic(piece))))
                         engine.step(minibatch, critic_opt)
 
         for step in run.steps():
-            with run.guard(step, policy_opt, critic_opt):
+            with run.skipping_faults(step, policy_opt, critic_opt):
                 watch, averages = Stopwatch(), Averages()
                 with watch("rollout"):
                     batch = task.rollout(step)

@@ -69,7 +69,7 @@ def main(cfg: VanillaPPO) -> int:
         before = task.evaluate()
         run.restore(state)
         for step in run.steps():
-            with run.guard(step, policy_opt, critic_opt):
+            with run.skipping_faults(step, policy_opt, critic_opt):
                 watch, averages = Stopwatch(), Averages()
                 with watch("rollout"):
                     batch = task.rollout(step)

@@ -16,6 +16,7 @@ from ppo_kit.report.curves import (
     PALETTE,
     dress,
     label_ends,
+    label_of,
     say_empty,
     smooth,
     window_of,
@@ -26,29 +27,38 @@ _PANELS = ("score", "gold_score", "kl", "perplexity", "response_length", "value_
 
 
 def draw_comparison(
-    groups: Mapping[str, Sequence[Path]], path: Path, *, panels: Sequence[str] = _PANELS, title: str = ""
+    groups: Mapping[str, Sequence[Path]],
+    path: Path,
+    *,
+    panels: Sequence[str] | None = None,
+    title: str = "",
 ) -> Path:
     """Draw groups of run folders over each other and return ``path``.
 
     ``groups`` maps a label to the folders of the same settings under several seeds. Each run is smoothed as
     in its dashboard; the line is the mean over the runs of a group and the band reaches from their least to
-    their greatest, at the steps that all of them logged. Up to six groups can be told apart.
+    their greatest, at the steps that all of them logged. Up to six groups can be told apart. ``panels`` are
+    metrics, under whatever name they were logged; by default those of score, gold reward, KL, perplexity,
+    length and value loss that a run has. A group that did not measure one has no line in its panel.
 
-    Raises ``ValueError`` for no or too many groups, an empty one, or an unknown panel, ``FileNotFoundError``
-    for a folder without metrics.jsonl.
+    Raises ``ValueError`` for no or too many groups, an empty one, or a panel that no run has logged,
+    ``FileNotFoundError`` for a folder without metrics.jsonl.
     """
     if not 1 <= len(groups) <= len(PALETTE):
         raise ValueError(f"groups: got {len(groups)}, needs 1 to {len(PALETTE)}")
     empty = [label for label, folders in groups.items() if not folders]
     if empty:
         raise ValueError(f"groups: {empty} hold no run folder")
-    unknown = sorted(set(panels) - set(LABELS))
-    if unknown or not panels:
-        raise ValueError(f"panels: got {unknown or 'none'}, needs some of {list(LABELS)}")
     missing = [str(each) for folders in groups.values() for each in folders if not _metrics(each).exists()]
     if missing:
         raise FileNotFoundError(f"no metrics.jsonl in {', '.join(missing)}")
     runs = {label: [read_rows(_metrics(folder)) for folder in folders] for label, folders in groups.items()}
+    logged = {name for each in runs.values() for rows in each for row in rows for name in row} - {"step"}
+    if panels is None:
+        panels = [name for name in _PANELS if name in logged] or _PANELS[:1]
+    elif not panels or set(panels) - logged - set(LABELS):
+        got = sorted(set(panels) - logged - set(LABELS)) or "none"
+        raise ValueError(f"panels: got {got}, needs metrics that a run logged: {sorted(logged)}")
     columns = 2 if len(panels) == 4 else min(3, len(panels))
     lines = -(-len(panels) // columns)
     # In inches: between panels is room for the labels at the ends of the lines and for the next axis.
@@ -68,7 +78,7 @@ def draw_comparison(
     )
     for index, name in enumerate(panels):
         axes = figure.add_subplot(grid[index // columns, index % columns])
-        dress(axes, LABELS[name])
+        dress(axes, label_of(name))
         drawn = [
             _draw_group(axes, [series(rows, name) for rows in each], label, color)
             for (label, each), color in zip(runs.items(), PALETTE, strict=False)

@@ -25,6 +25,11 @@ LABELS = {
 }
 
 
+def label_of(name: str) -> str:
+    """The title of a metric's panel: a standard one's label, another's own name."""
+    return LABELS.get(name, name.replace("$", r"\$"))  # matplotlib reads $ as the start of a formula
+
+
 def window_of(steps: int) -> int:
     """Width of the moving average, in steps: light, about a 20th of the run; 1 (none) for short ones."""
     return 1 if steps < 20 else 2 * (steps // 40) + 1
@@ -32,11 +37,13 @@ def window_of(steps: int) -> int:
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
     """Centred moving average over ``window`` (odd) values, narrower at the ends; it skips NaN, and stays NaN
-    where the value itself is.
+    where the value itself is. Of nothing it is nothing.
 
     >>> smooth(np.array([0.0, 3.0, 6.0, 0.0]), 3).tolist()
     [1.5, 3.0, 3.0, 3.0]
     """
+    if len(values) == 0:
+        return values
     kernel, known = np.ones(window), np.isfinite(values)
     reach = window // 2
     total = np.convolve(np.where(known, values, 0.0), kernel)[reach : reach + len(values)]

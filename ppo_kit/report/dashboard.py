@@ -5,7 +5,7 @@ Everything is drawn from the files of the run's folder, so a picture can be made
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,16 @@ from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.gridspec import SubplotSpec
 
+from ppo_kit.monitor.metrics import METRICS
 from ppo_kit.report.curves import (
     BLUE,
     FAINT,
     INK,
-    LABELS,
     ORANGE,
     draw_curve,
     dress,
     label_ends,
+    label_of,
     say_empty,
     smooth,
     window_of,
@@ -33,6 +34,7 @@ from ppo_kit.report.history import read_json, read_rows, series
 _SLATE = "#3B4A5A"
 _SHADES = LinearSegmentedColormap.from_list("shades", ["#FFFFFF", "#BBD7EA", "#5FA3CF", BLUE, "#06304D"])
 _COLUMNS = 40
+_OWN_COLUMNS, _MOST_OWN = 4, 24
 _TELLING = ("policy", "lr", "critic_lr", "kl_coef", "score_clip", "clip", "value_clip", "lam")
 _NOT_TELLING = {"seed", "steps", "out", "threads", "resume", "checkpoint_every", "fresh"}
 
@@ -41,8 +43,9 @@ def draw_dashboard(folder: Path, path: Path | None = None) -> Path:
     """Draw the run in ``folder`` to ``path`` (default ``folder/dashboard.png``) and return the path.
 
     Read are metrics.jsonl, samples.jsonl, config.json and summary.json; a panel whose numbers are missing
-    says so. Score and gold reward share a panel and its steps, not a vertical axis: their units differ,
-    and on one axis, or on two laid over each other, where the lines cross would mean nothing.
+    says so. Metrics that are not standard have their panels below, the first 24 of them. Score and gold
+    reward share a panel and its steps, not a vertical axis: their units differ, and on one axis, or on two
+    laid over each other, where the lines cross would mean nothing.
 
     Raises ``FileNotFoundError`` when there is no metrics.jsonl, ``ValueError`` for a broken file.
     """
@@ -51,13 +54,20 @@ def draw_dashboard(folder: Path, path: Path | None = None) -> Path:
         raise FileNotFoundError(f"{folder / 'metrics.jsonl'}: no such file; nothing to draw")
     rows = read_rows(folder / "metrics.jsonl")
     scores = {row["step"]: row["scores"] for row in read_rows(folder / "samples.jsonl")}
-    figure = Figure(figsize=(13.2, 9.6), dpi=150, facecolor="white")
+    own = list(dict.fromkeys(name for row in rows for name in row if name not in METRICS))[:_MOST_OWN]
+    below = 2.5 * -(-len(own) // _OWN_COLUMNS)
+    height = 9.6 + below
+    figure = Figure(figsize=(13.2, height), dpi=150, facecolor="white")
+
+    def at(inches: float) -> float:
+        return inches / height
+
     # Fixed places, so that panels over the same steps line up.
-    vertical = {"top": 0.875, "bottom": 0.065, "hspace": 0.26}
+    vertical = {"top": 1 - at(1.2), "bottom": at(below + 0.62), "hspace": 0.26}
     heights = [1.6, 1.25, 1.0]
     wide = figure.add_gridspec(3, 2, left=0.052, right=0.635, wspace=0.17, height_ratios=heights, **vertical)
     side = figure.add_gridspec(3, 1, left=0.72, right=0.985, height_ratios=heights, **vertical)
-    _draw_header(figure, folder, rows)
+    _draw_header(figure, folder, rows, at)
     rewards = _draw_rewards(figure, wide[0, :], rows)
     spread = figure.add_subplot(wide[1, :], sharex=rewards)
     _draw_distribution(spread, scores)
@@ -73,13 +83,19 @@ def draw_dashboard(folder: Path, path: Path | None = None) -> Path:
         _draw_panel(axes, rows, name, color=_SLATE)
         if place.rowspan.stop == 3:
             axes.set_xlabel("PPO step", fontsize=9, color=FAINT)
+    if own:
+        lines = -(-len(own) // _OWN_COLUMNS)
+        grid = figure.add_gridspec(lines, _OWN_COLUMNS, left=0.052, right=0.985, wspace=0.26, hspace=0.5,
+                                   top=at(below - 0.4), bottom=at(0.4))  # fmt: skip
+        for index, name in enumerate(own):
+            _draw_panel(figure.add_subplot(grid[divmod(index, _OWN_COLUMNS)]), rows, name, color=_SLATE)
     path = Path(path) if path is not None else folder / "dashboard.png"
     figure.savefig(path)
     return path
 
 
 def _draw_panel(axes: Axes, rows: Sequence[Mapping[str, Any]], name: str, *, color: str) -> None:
-    dress(axes, LABELS[name], color=color if color != _SLATE else INK)
+    dress(axes, label_of(name), color=color if color != _SLATE else INK)
     steps, values = series(rows, name)
     if np.isfinite(values).any():
         draw_curve(axes, steps, values, color=color)
@@ -160,13 +176,15 @@ def _draw_distribution(axes: Axes, scores: Mapping[int, Sequence[float | None]])
     axes.grid(visible=False)
 
 
-def _draw_header(figure: Figure, folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def _draw_header(
+    figure: Figure, folder: Path, rows: Sequence[Mapping[str, Any]], at: Callable[[float], float]
+) -> None:
     config, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
     settings = config.get("settings", {})
     done, planned = (rows[-1]["step"] if rows else 0), settings.get("steps")
     progress = f"{done} steps" if planned in (None, done) else f"{done} of {planned} steps"
     title = config.get("name", folder.name)
-    figure.text(0.052, 0.975, title, fontsize=18, fontweight="bold", color=INK, va="top")
+    figure.text(0.052, 1 - at(0.24), title, fontsize=18, fontweight="bold", color=INK, va="top")
     facts = [f"seed {config['seed']}"] if "seed" in config else []
     names = [name for name in config.get("changed", {}) if name not in _NOT_TELLING]
     names += [name for name in _TELLING if name in settings and name not in names]
@@ -174,7 +192,7 @@ def _draw_header(figure: Figure, folder: Path, rows: Sequence[Mapping[str, Any]]
     window = window_of(len(rows))
     if window > 1:
         facts.append(f"bold: mean over {window} steps")
-    figure.text(0.052, 0.933, "  ·  ".join(facts), fontsize=9.5, color="#595959", va="top")
+    figure.text(0.052, 1 - at(0.64), "  ·  ".join(facts), fontsize=9.5, color="#595959", va="top")
     before, after = summary.get("before", {}), summary.get("after", {})
     held_out = [
         # Adding 0.0 turns the -0.0 of a rounded KL into 0.
@@ -183,5 +201,5 @@ def _draw_header(figure: Figure, folder: Path, rows: Sequence[Mapping[str, Any]]
         if isinstance(before.get(name), float | int) and isinstance(after.get(name), float | int)
     ]
     if held_out:
-        text = "held-out prompts, SFT → trained:   " + "     ".join(held_out)
-        figure.text(0.985, 0.97, text, fontsize=10.5, color=INK, va="top", ha="right")
+        text = "held-out, before → after training:   " + "     ".join(held_out)
+        figure.text(0.985, 1 - at(0.29), text, fontsize=10.5, color=INK, va="top", ha="right")

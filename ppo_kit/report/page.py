@@ -41,9 +41,9 @@ _PAGE = """<!doctype html>
 <p class="facts">{{ facts }}</p>
 {% if picture %}<img alt="Metrics over steps" src="data:image/png;base64,{{ picture }}">{% endif %}
 {% if rows %}
-<h2>Held-out prompts</h2>
+<h2>Held-out data</h2>
 <table>
-<tr><th>mean<th>SFT policy<th>trained<th>change
+<tr><th>mean<th>before training<th>after<th>change
 {% for metric, meaning, before, after, change in rows -%}
 <tr title="{{ meaning }}"><td>{{ metric }}<td class="number">{{ before }}<td class="number">{{ after }}
 <td class="number">{{ change }}
@@ -83,6 +83,7 @@ def write_report(folder: Path) -> Path:
     picture = folder / "dashboard.png"
     before, after = summary.get("before", {}), summary.get("after", {})
     names = [name for name in METRICS if name in before and name in after]
+    names += [name for name in after if name in before and name not in METRICS]
     steps = read_rows(folder / "samples.jsonl")
     chosen = sorted({round(i * (len(steps) - 1) / (STEPS - 1)) for i in range(STEPS)}) if steps else []
     page = Environment(autoescape=True, undefined=StrictUndefined).from_string(_PAGE)
@@ -90,7 +91,7 @@ def write_report(folder: Path) -> Path:
         name=folder.resolve().name,
         facts=_facts(config, summary),
         picture=base64.b64encode(picture.read_bytes()).decode() if picture.exists() else "",
-        rows=[(name, METRICS[name], *_changes(before[name], after[name])) for name in names],
+        rows=[(name, METRICS.get(name, name), *_changes(before[name], after[name])) for name in names],
         changed=sorted(config.get("changed", {}).items()),
         steps=[
             {"step": steps[i]["step"], "samples": [_sample(row) for row in steps[i]["samples"]]}

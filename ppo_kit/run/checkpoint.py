@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,8 +24,13 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be resumed from; the text says which, and what is wrong or differs."""
 
 
-def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], *, keep: int) -> Path:
+def save_checkpoint(
+    folder: Path, step: int, state: Mapping[str, Any], *, keep: int, best: bool = False
+) -> Path:
     """Write ``state`` of ``step`` into ``folder``, point ``latest`` at it, keep the newest ``keep``.
+
+    With ``best`` the file ``best`` names it too. The checkpoint that ``best`` names stays; ``keep`` counts
+    the others. Files, links and folders with other names than a checkpoint's are left alone.
 
     Raises ``ValueError`` for an entry that ``torch.load(weights_only=True)`` would refuse (naming where it
     is), for ``keep`` < 1 and for a step that is saved already; ``OSError`` where it cannot be written, on a
@@ -35,13 +41,12 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], *, keep: 
     _check_plain(state, "state")
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{step:06d}"
-    if _latest(folder) == final:
+    if _named_by(folder / "latest") == final:
         raise ValueError(f"step: {step} is saved already in {final}")
     temporary = folder / f".{final.name}.tmp"
     # What a kill left behind: half written, or whole but never named by latest.
     for leftover in (*folder.glob(".step-*.tmp"), final):
-        if leftover.exists():
-            shutil.rmtree(leftover)
+        _make_way(leftover)
     try:
         temporary.mkdir()
         with (temporary / "state.pt").open("wb") as file:
@@ -53,7 +58,7 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], *, keep: 
         sync_folder(folder)
         write_whole(folder / "latest", final.name + "\n")
     except (OSError, RuntimeError) as error:  # torch.save says RuntimeError where a disk is full, and not why
-        last, free = _latest(folder), shutil.disk_usage(folder).free
+        last, free = _named_by(folder / "latest"), shutil.disk_usage(folder).free
         for written in (temporary, final):
             if written != last:
                 shutil.rmtree(written, ignore_errors=True)
@@ -62,36 +67,86 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], *, keep: 
             f"the checkpoint of step {step} was not written to {folder} ({free / 2**20:.0f} MiB free there): "
             f"{error}; {kept}"
         ) from error
-    older = sorted(path for path in folder.glob("step-*") if _step(path) < step)
-    for path in older[: max(0, len(older) - (keep - 1))]:
-        shutil.rmtree(path)
+    if best:
+        write_whole(folder / "best", final.name + "\n")
+    stays = _named_by(folder / "best")
+    others = [path for path in _checkpoints(folder) if _step(path) <= step and path != stays]
+    for path in others[:-keep]:
+        if not path.is_symlink():
+            shutil.rmtree(path)
     return final
 
 
-def load_checkpoint(folder: Path) -> tuple[int, dict[str, Any]] | None:
+def load_checkpoint(
+    folder: Path, *, note: Callable[[str], None] = warnings.warn
+) -> tuple[int, dict[str, Any]] | None:
     """(step, state) of the checkpoint that ``latest`` names, tensors on the CPU; None when there is none.
 
-    Raises ``CheckpointError`` where it is damaged (every byte of the state is held against its checksum), or
-    holds what ``torch.load(weights_only=True)`` refuses, such as a pickled function.
+    Where ``latest`` is missing, empty or names no folder beside it, the newest checkpoint that is whole is
+    taken, and ``note`` is told.
+
+    Raises ``CheckpointError`` where the one that ``latest`` names, or every one, is damaged (as
+    ``read_checkpoint``).
     """
-    latest = _latest(folder)
-    if latest is None:
-        return None
+    latest = _named_by(folder / "latest")
+    if latest is not None:
+        try:
+            return _step(latest), read_checkpoint(latest)
+        except CheckpointError as error:
+            beside = [path.name for path in _checkpoints(folder) if path != latest]
+            advice = f"to go on from {beside[-1]}, write that name into {folder / 'latest'}" if beside else ""
+            raise CheckpointError("; ".join(filter(None, [str(error), advice]))) from error
+    damaged = []
+    for path in reversed(_checkpoints(folder)):
+        try:
+            state = read_checkpoint(path)
+        except CheckpointError as error:
+            damaged.append(str(error))
+            continue
+        found = f"names no checkpoint: going on from {path.name}, the newest that is whole"
+        note("; ".join([f"{folder / 'latest'} {found}", *damaged]))
+        return _step(path), state
+    if damaged:
+        raise CheckpointError("; ".join(damaged))
+    return None
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The state in the folder ``path`` of one checkpoint, tensors on the CPU.
+
+    Raises ``CheckpointError`` where it is damaged (every byte is held against its checksum), would need more
+    memory than the file is large, or holds what ``torch.load(weights_only=True)`` refuses, such as a pickled
+    function.
+    """
+    file = path / "state.pt"
     try:
-        with zipfile.ZipFile(latest / "state.pt") as archive:
-            damaged = archive.testzip()  # torch.load does not look at the checksums it wrote
-        if damaged is not None:
-            raise CheckpointError(f"{damaged} is not what was written")
-        state = torch.load(latest / "state.pt", map_location="cpu", weights_only=True)
+        if not file.is_file():
+            raise CheckpointError("there is no such file")
+        _check_archive(file)
+        state = torch.load(file, map_location="cpu", weights_only=True)
         if not isinstance(state, dict):
             raise CheckpointError(f"it holds a {type(state).__name__}, not a dict")
     except Exception as error:  # there is no end to what a damaged file makes a parser raise
-        beside = sorted(path.name for path in folder.glob("step-*") if path != latest)
-        advice = f"; to go on from {beside[-1]}, write that name into {folder / 'latest'}" if beside else ""
         raise CheckpointError(
-            f"{latest / 'state.pt'} is no checkpoint that can be resumed from: {_first_line(error)}{advice}"
+            f"{file} is no checkpoint that can be resumed from: {_first_line(error)}"
         ) from error
-    return _step(latest), state
+    return state
+
+
+def _check_archive(file: Path) -> None:
+    """Refuse what ``torch.save`` did not write, from the table of contents, before anything is unpacked."""
+    size = file.stat().st_size
+    with zipfile.ZipFile(file) as archive:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED:
+                packed = f"{entry.filename[:80]} is compressed, to hold {entry.file_size} bytes"
+                raise CheckpointError(f"{packed}; a checkpoint's parts are not")
+        needed = sum(entry.file_size for entry in archive.infolist())
+        if needed > size:
+            raise CheckpointError(f"its parts would take {needed} bytes, and the file has {size}")
+        damaged = archive.testzip()  # torch.load does not look at the checksums it wrote
+    if damaged is not None:
+        raise CheckpointError(f"{damaged[:80]} is not what was written")
 
 
 def restore_parts(
@@ -114,19 +169,36 @@ def restore_parts(
 
 
 def has_checkpoint(folder: Path) -> bool:
-    return _latest(folder) is not None
+    """Whether ``folder`` holds a checkpoint, whole or not."""
+    return any((path / "state.pt").is_file() for path in _checkpoints(folder))
 
 
-def _latest(folder: Path) -> Path | None:
-    pointer = folder / "latest"
-    if not pointer.exists():
+def best_checkpoint(folder: Path) -> Path | None:
+    """The folder of the checkpoint that was saved as the best; ``read_checkpoint`` reads it."""
+    return _named_by(folder / "best")
+
+
+def _named_by(pointer: Path) -> Path | None:
+    """The checkpoint beside the text file ``pointer`` that its one line names; None where it names none."""
+    try:
+        name = pointer.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
         return None
-    name = pointer.read_text(encoding="utf-8", errors="replace").strip()
-    if not re.fullmatch(r"step-[0-9]{6,18}", name):
-        raise CheckpointError(
-            f"{pointer}: got {name[:80]!r}, needs the name of a folder beside it, step-000080"
-        )
-    return folder / name
+    path = pointer.with_name(name) if _NAME.fullmatch(name) else pointer
+    return path if path.is_dir() else None
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The folders with a checkpoint's name, by step; a copy called ``step-000080-backup`` is none."""
+    return sorted((path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()),
+                  key=_step)  # fmt: skip
+
+
+def _make_way(path: Path) -> None:
+    if path.is_symlink() or path.is_file():
+        os.replace(path, path.with_name(f"{path.name}.set-aside"))
+    elif path.exists():
+        shutil.rmtree(path)
 
 
 def _first_line(error: Exception) -> str:
@@ -156,4 +228,5 @@ def _check_plain(value: Any, where: str) -> None:
         )
 
 
+_NAME = re.compile(r"step-[0-9]{6,18}")
 _SCALARS = (bool, int, float, str, bytes, torch.dtype, torch.device, torch.Size)

@@ -79,8 +79,8 @@ class Faults:
         self.count = 0
 
     @contextmanager
-    def guard(self, step: int, *optimizers: Clearable) -> Iterator[None]:
-        """Around the body of a step: ``NotFinite`` leaves it, with the gradients of ``optimizers`` cleared.
+    def skipping(self, step: int, *optimizers: Clearable) -> Iterator[None]:
+        """Skip the body where it raises ``NotFinite``: clear gradients, write the batch to a file.
 
         Raises:
             NotFinite: more steps were stopped than may be skipped; the text says where the batch is.

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -25,6 +26,7 @@ _COLUMNS = {
     "response_length": ("length", "{:8.1f}"),
     "tokens_per_second": ("tokens/s", "{:10,.0f}"),
 }
+_WIDTH = 80  # of the metrics; step and time left take 17 more
 _LINES = 40
 _SILENCE = 30.0
 
@@ -37,7 +39,7 @@ class Progress:
     def __init__(self, steps: int, *, console: Console | None = None) -> None:
         self.steps = steps
         self.console = console or Console(highlight=False, soft_wrap=True)
-        self._columns: list[str] = []
+        self._columns: dict[str, tuple[str, str]] = {}
         self._live: Live | None = None
         self._waiting: str | None = None
         self._line = ""
@@ -59,11 +61,12 @@ class Progress:
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         if not self._columns:
-            self._columns = [name for name in _COLUMNS if name in metrics]
-            titles = [f"{_COLUMNS[name][0]:>{len(_COLUMNS[name][1].format(0.0))}}" for name in self._columns]
-            self.console.print("   step" + "".join(titles) + " time left", style="bold")
+            self._columns = _columns(metrics)
+            titles = [f"{title:>{_width(form)}}" for title, form in self._columns.values()]
+            self.console.print("   step" + "".join(titles) + " time left", style="bold", markup=False)
         cells = [
-            _COLUMNS[name][1].format(metrics[name]) if name in metrics else " " * 9 for name in self._columns
+            form.format(metrics[name]) if name in metrics else " " * _width(form)
+            for name, (_, form) in self._columns.items()
         ]
         left = _clock(self._seconds_left(step))
         line = f"{step:7d}" + "".join(cells) + f"{left:>10}"
@@ -124,22 +127,40 @@ class Progress:
         return Group(*lines, row, *notice)
 
 
+def _columns(metrics: Mapping[str, float]) -> dict[str, tuple[str, str]]:
+    """(title, format) of the metrics to show: the usual ones, then the run's own while there is room."""
+    shown = {name: column for name, column in _COLUMNS.items() if name in metrics}
+    room = _WIDTH - sum(_width(form) for _, form in shown.values())
+    for name in metrics:
+        width = max(11, len(name) + 2)
+        if name not in METRICS and width <= room:
+            shown[name] = (name, f"{{:{width}.4g}}")
+            room -= width
+    return shown
+
+
+def _width(form: str) -> int:
+    return len(form.format(0.0))
+
+
 def _clock(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
 def before_and_after(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
-    """The table of held-out averages, SFT policy against trained policy, with the change."""
-    table = Table(title="Held-out prompts: SFT policy against trained policy", title_justify="left")
+    """The table of averages on held-out data, before training and after it, with the change."""
+    table = Table(title="Held-out data, before and after training", title_justify="left")
     table.add_column("mean")
-    for title in ("SFT", "trained", "change"):
+    for title in ("before", "after", "change"):
         table.add_column(title, justify="right")
     known = [name for name in METRICS if name in before or name in after]
-    for name in known + [name for name in after if name not in METRICS]:
+    others = [name for name in {**before, **after} if name not in METRICS]
+    for name in known + others:
         old, new = before.get(name, float("nan")), after.get(name, float("nan"))
         style = "bold" if name == "gold_score" else None
         # Adding 0.0 turns the -0.0 of a rounded KL into 0.
-        table.add_row(name, f"{round(old, 3) + 0.0:.3f}", f"{new:.3f}", f"{new - old:+.3f}", style=style)
+        cells = (f"{round(old, 3) + 0.0:.3f}", f"{new:.3f}", f"{new - old:+.3f}")
+        table.add_row(escape(name), *cells, style=style)
     return table
 
 

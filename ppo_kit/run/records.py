@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from ppo_kit.monitor.metrics import METRICS
 from ppo_kit.report.history import read_rows
 
 
@@ -30,6 +31,34 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     return str(value)
+
+
+def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The values of ``metrics`` as numbers: the names of ``METRICS`` first, in its order, then the others.
+
+    Raises ``ValueError`` for a name that is no string or is ``step``, and for a value that is not a scalar (a
+    number, or a tensor or array without dimensions), by its name.
+
+    >>> scalars({"spo_loss": 0.5, "kl": 0.1, "score": 1})
+    {'score': 1.0, 'kl': 0.1, 'spo_loss': 0.5}
+    """
+    unnamed = [name for name in metrics if not isinstance(name, str) or name == "step"]
+    if unnamed:
+        raise ValueError(f"metrics: got the names {unnamed}, needs strings other than 'step'")
+    ordered = [name for name in METRICS if name in metrics]
+    ordered += [name for name in metrics if name not in METRICS]
+    return {name: _scalar(name, metrics[name]) for name in ordered}
+
+
+def _scalar(name: str, value: Any) -> float:
+    shape = list(getattr(value, "shape", ()))
+    try:
+        if shape or isinstance(value, str | bytes):  # float("3") is 3.0
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        got = f"shape {shape}" if shape else f"the {type(value).__name__} {str(value)[:40]!r}"
+        raise ValueError(f"metrics: {name}: got {got}, needs a scalar") from None
 
 
 class JsonLines:

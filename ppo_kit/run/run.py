@@ -15,7 +15,6 @@ import torch
 from rich.console import Console
 
 from ppo_kit.engine import Engine, LocalEngine, Stateful, ranks
-from ppo_kit.monitor.metrics import METRICS
 from ppo_kit.report.dashboard import draw_dashboard
 from ppo_kit.report.page import write_report
 from ppo_kit.run import checkpoint
@@ -23,7 +22,7 @@ from ppo_kit.run.faults import Clearable, Faults
 from ppo_kit.run.folder import Settings, open_folder
 from ppo_kit.run.progress import Progress, before_and_after, files_written
 from ppo_kit.run.randomness import Randomness
-from ppo_kit.run.records import JsonLines, write_json
+from ppo_kit.run.records import JsonLines, scalars, write_json
 from ppo_kit.run.signals import StopOnSignal
 
 _OWN = {"torch", "cuda", "generators", "seconds", "faults"}
@@ -160,27 +159,26 @@ class Run:
                 break
         self._progress.stop()
 
-    def guard(self, step: int, *optimizers: Clearable) -> AbstractContextManager[None]:
-        """Around the body of a step: one that is not finite is skipped, or ends the run (``Faults.guard``).
+    def skipping_faults(self, step: int, *optimizers: Clearable) -> AbstractContextManager[None]:
+        """Skip this step if something in it is not finite: up to ``--skip-faults`` steps, then stop the run.
 
-        ``settings.skip_faults`` is the number of steps that may be skipped, 0 without such a setting. A
+        For the body of a step: ``NotFinite`` leaves it, with the gradients of ``optimizers`` cleared and the
+        batch written to ``faults/``. Without a setting ``skip_faults`` the first fault stops the run. A
         skipped step has no row in metrics.jsonl.
         """
-        return self._faults.guard(step, *optimizers)
+        return self._faults.skipping(step, *optimizers)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append the metrics of ``step`` to metrics.jsonl, in the order of ``METRICS``, and show progress.
+        """Append the metrics of ``step`` to metrics.jsonl and show progress. Any name may be logged.
 
-        A NaN or infinity is null in the file, as strict JSON has no other word for it, and is announced the
-        first time a metric has one; what was not measured has no key. Raises ``ValueError`` for names that
-        are not in ``METRICS`` and for a step that is not after the last one.
+        The names of ``METRICS`` come first, in its order, then the others as they are given. A NaN or
+        infinity is null in the file, as strict JSON cannot hold it, and is announced the first time a metric
+        has one; what was not measured has no key. Raises ``ValueError`` for a value that is not a scalar and
+        for a step that is not after the last one.
         """
-        unknown = sorted(set(metrics) - set(METRICS))
-        if unknown:
-            raise ValueError(f"metrics: got {unknown}; the names are {list(METRICS)}")
         if step <= self._logged:
             raise ValueError(f"step: got {step}, needs more than {self._logged}, the last one logged")
-        values = {name: float(metrics[name]) for name in METRICS if name in metrics and name != "step"}
+        values = scalars(metrics)
         self._logged = step
         if not ranks.is_main():
             return
@@ -213,11 +211,12 @@ class Run:
         self._due = (every > 0 and step % every == 0) or step == self.settings.steps or self._hear()
         return self._due
 
-    def save_checkpoint(self, step: int, state: Mapping[str, Any]) -> None:
+    def save_checkpoint(self, step: int, state: Mapping[str, Any], *, best: bool = False) -> None:
         """Save ``state`` (state_dicts; nested dicts of tensors, numbers, strings) and the run's randomness.
 
-        Whatever happens meanwhile, the last whole checkpoint stays loadable. Raises ``ValueError`` naming the
-        entry that ``torch.load(weights_only=True)`` would refuse.
+        Whatever happens meanwhile, the last whole checkpoint stays loadable. With ``best`` the file
+        ``checkpoints/best`` names it, and it is kept beside the newest ``keep`` until a better one is saved.
+        Raises ``ValueError`` naming the entry that ``torch.load(weights_only=True)`` would refuse.
         """
         own = {
             **self._randomness.state(),
@@ -226,7 +225,7 @@ class Run:
         }
         content = {"state": dict(state), "run": own}
         folder = self.folder / "checkpoints"
-        ranks.from_main(lambda: checkpoint.save_checkpoint(folder, step, content, keep=self.keep))
+        ranks.from_main(lambda: checkpoint.save_checkpoint(folder, step, content, keep=self.keep, best=best))
 
     def load_checkpoint(self) -> tuple[int, dict[str, Any]] | None:
         """(step, state) to continue from, tensors on the CPU; None when the run does not resume.
@@ -251,9 +250,10 @@ class Run:
         ranks.barrier()
         return step, content["state"]
 
-    def save(self, step: int, parts: Mapping[str, Stateful]) -> None:
+    def save(self, step: int, parts: Mapping[str, Stateful], *, best: bool = False) -> None:
         """``save_checkpoint`` of each part's state, by name; the engine makes it whole."""
-        self.save_checkpoint(step, {name: self.engine.state_dict(part) for name, part in parts.items()})
+        states = {name: self.engine.state_dict(part) for name, part in parts.items()}
+        self.save_checkpoint(step, states, best=best)
 
     def restore(self, parts: Mapping[str, Stateful]) -> bool:
         """Load what ``save`` saved into ``parts``; False when the run does not resume.

@@ -41,7 +41,7 @@ def folder(tmp_path):
     config = {"seed": 3, "git": EVIL, "changed": {"policy": EVIL}, "versions": {"torch": EVIL}}
     (run / "config.json").write_text(json.dumps(config))
     summary = {"steps": 100, "steps_planned": 100, "seconds": 1.0}
-    summary |= {"before": {"score": 1.0, "kl": None}, "after": {"score": 2.5, "kl": 0.5}}
+    summary |= {"before": {"score": 1.0, "kl": None, "<b>": 1}, "after": {"score": 2.5, "kl": 0.5, "<b>": 3}}
     (run / "summary.json").write_text(json.dumps(summary))
     return run
 
@@ -65,6 +65,7 @@ def test_what_it_says(folder):
     assert "run <b>one" in page.text
     assert "1.0002.500\n+1.500" in page.text.replace("<", "")
     assert "–0.500" in page.text
+    assert "<b>1.0003.000" in page.text.replace("\n", "")
     steps = [part.split("\n")[0] for part in page.text.split("Step ")[1:]]
     assert len(steps) == STEPS
     assert steps[0] == "1"

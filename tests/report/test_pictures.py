@@ -13,7 +13,7 @@ from ppo_kit.report.curves import smooth
 from ppo_kit.report.history import read_rows, series
 
 
-def write_run(folder, *, steps=30, seed=0, gold=True, nan_at=()):
+def write_run(folder, *, steps=30, seed=0, gold=True, nan_at=(), own=0):
     folder.mkdir()
     draw = random.Random(seed)
     with (folder / "metrics.jsonl").open("w") as metrics, (folder / "samples.jsonl").open("w") as samples:
@@ -23,6 +23,8 @@ def write_run(folder, *, steps=30, seed=0, gold=True, nan_at=()):
                 row[name] = None if step in nan_at else step / 10 + draw.random()
             if gold:
                 row["gold_score"] = 2 - step / 20
+            for number in range(own):
+                row["loss_$spo_^" + "x" * number] = draw.random()
             metrics.write(json.dumps(row) + "\n")
             scores = [round(draw.gauss(step / 10, 1), 4) for _ in range(16)] + [None]
             samples.write(json.dumps({"step": step, "scores": scores, "samples": []}) + "\n")
@@ -62,6 +64,27 @@ def test_comparison(tmp_path):
     runs = [write_run(tmp_path / str(seed), seed=seed, steps=20 + seed, nan_at=[4]) for seed in range(3)]
     path = draw_comparison({"vanilla": runs[:1], "PPO-max": runs[1:]}, tmp_path / "comparison.png")
     assert_is_a_picture(path)
+
+
+def test_comparison_of_runs_without_a_gold_reward_and_with_metrics_of_their_own(tmp_path):
+    runs = [write_run(tmp_path / str(seed), seed=seed, gold=seed > 0, own=seed < 2) for seed in range(3)]
+    groups = {"a": runs[:1], "b": runs[1:2], "c": runs[2:]}
+    assert_is_a_picture(draw_comparison(groups, tmp_path / "one.png"))
+    panels = ["gold_score", "loss_$spo_^", "entropy"]
+    assert_is_a_picture(draw_comparison(groups, tmp_path / "two.png", panels=panels))
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare/metrics.jsonl").write_text('{"step": 1}\n')
+    assert_is_a_picture(draw_comparison({"a": [tmp_path / "bare"]}, tmp_path / "three.png"))
+
+
+@pytest.mark.parametrize("count", [1, 5, 40])
+def test_metrics_of_ones_own_have_panels_below(tmp_path, count):
+    folder = write_run(tmp_path / "run", steps=3, own=count)
+    plain = write_run(tmp_path / "plain", steps=3)
+    high, low = (imread(draw_dashboard(each)).shape[0] for each in (folder, plain))
+    lines = -(-min(count, 24) // 4)
+    assert high - low == pytest.approx(lines * 2.5 * 150, abs=2)
+    assert_is_a_picture(folder / "dashboard.png")
 
 
 def test_what_cannot_be_drawn_is_named(tmp_path):

@@ -1,10 +1,14 @@
 """A checkpoint is whole or not there, and one that is damaged or of another run is refused."""
 
+import copy
 import dataclasses
 import os
 import shutil
 import subprocess
 import sys
+import time
+import tracemalloc
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +17,13 @@ import torch
 
 from ppo_kit.engine import Optimizer
 from ppo_kit.run import Run
-from ppo_kit.run.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from ppo_kit.run.checkpoint import (
+    CheckpointError,
+    best_checkpoint,
+    load_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+)
 
 
 def names(folder):
@@ -133,13 +143,105 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_beside_it_named(tmp_path, h
     assert load_checkpoint(tmp_path)[0] == 1
 
 
-@pytest.mark.parametrize("name", ["../elsewhere/step-000001", "/etc", "", "step-1", "step-000001/..", "\0"])
+BAD_POINTERS = ["../elsewhere/step-000009", "/etc", "", "step-1", "step-000001/..", "\0", "step-000007", None]
+
+
+def point(folder, name):
+    """Write ``name`` into ``latest``; None: take it away."""
+    (folder / "latest").unlink(missing_ok=True)
+    if name is not None:
+        (folder / "latest").write_text(name)
+
+
+@pytest.mark.parametrize("name", BAD_POINTERS)
 def test_latest_cannot_point_out_of_its_folder(tmp_path, name):
-    save_checkpoint(tmp_path / "elsewhere", 1, {}, keep=1)
+    save_checkpoint(tmp_path / "elsewhere", 9, {}, keep=1)
     (tmp_path / "c").mkdir()
-    (tmp_path / "c/latest").write_text(name)
-    with pytest.raises(CheckpointError, match="needs the name of a folder beside it"):
-        load_checkpoint(tmp_path / "c")
+    point(tmp_path / "c", name)
+    assert load_checkpoint(tmp_path / "c") is None
+
+
+@pytest.mark.parametrize("name", BAD_POINTERS)
+def test_without_a_latest_that_names_one_the_newest_whole_checkpoint_is_found(tmp_path, name):
+    for step in (999_999, 1_000_000, 1_000_001):
+        save_checkpoint(tmp_path, step, {"step": step}, keep=3)
+    damage(tmp_path / "step-1000001/state.pt", "cut short")
+    point(tmp_path, name)
+    said = []
+    assert load_checkpoint(tmp_path, note=said.append) == (1_000_000, {"step": 1_000_000})
+    assert len(said) == 1
+    assert "latest names no checkpoint: going on from step-1000000" in said[0]
+    assert "step-1000001/state.pt is no checkpoint" in said[0]
+    save_checkpoint(tmp_path, 1_000_002, {}, keep=2)
+    assert load_checkpoint(tmp_path, note=pytest.fail) == (1_000_002, {})
+
+
+def test_where_none_is_whole_each_is_named(tmp_path):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, {}, keep=2)
+        damage(tmp_path / f"step-{step:06d}/state.pt", "empty")
+    point(tmp_path, None)
+    with pytest.raises(CheckpointError, match=r"step-000002/state\.pt is no.*step-000001/state\.pt is no"):
+        load_checkpoint(tmp_path)
+
+
+def test_copies_links_and_files_beside_checkpoints_stop_nothing(tmp_path):
+    folder = tmp_path / "c"
+    save_checkpoint(folder, 1, {"step": 1}, keep=1)
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far/state.pt").write_text("mine")
+    shutil.copytree(folder / "step-000001", folder / "step-000001-backup")
+    (folder / "step-000000").symlink_to(tmp_path / "far")
+    (folder / "step-000002").symlink_to(tmp_path / "far")
+    (folder / "step-000003").write_text("a file")
+    (folder / ".step-000009.tmp").symlink_to(tmp_path / "far")
+    (folder / "step-old").mkdir()
+    (folder / "step-000004").symlink_to(tmp_path / "nowhere")
+    for step in (2, 3, 4, 5):
+        save_checkpoint(folder, step, {"step": step}, keep=1)
+    assert load_checkpoint(folder) == (5, {"step": 5})
+    assert (tmp_path / "far/state.pt").read_text() == "mine"
+    assert (folder / "step-000003.set-aside").read_text() == "a file"
+    assert (folder / "step-000001-backup/state.pt").exists()
+    assert [path.name for path in folder.glob("step-*") if path.is_dir() and not path.is_symlink()] != []
+    assert not (folder / "step-000001").exists()
+
+
+def test_the_best_is_kept_beside_the_newest(tmp_path):
+    for step in range(1, 7):
+        save_checkpoint(tmp_path, step, {"step": step}, keep=2, best=step in (1, 3))
+    assert names(tmp_path) == ["best", "latest", "step-000003", "step-000005", "step-000006"]
+    assert read_checkpoint(best_checkpoint(tmp_path)) == {"step": 3}
+    save_checkpoint(tmp_path, 7, {}, keep=2, best=True)
+    assert names(tmp_path) == ["best", "latest", "step-000005", "step-000006", "step-000007"]
+    assert best_checkpoint(tmp_path) == tmp_path / "step-000007"
+    (tmp_path / "best").write_text("../x")
+    assert best_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize("kind", ["compressed", "overlapping", "a pipe"])
+def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path, kind):
+    save_checkpoint(tmp_path, 1, {}, keep=1)
+    file = tmp_path / "step-000001/state.pt"
+    file.unlink()
+    if kind == "a pipe":
+        os.mkfifo(file)
+    elif kind == "compressed":
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("data", "w") as entry:
+            for _ in range(300):
+                entry.write(bytes(2**20))
+        assert file.stat().st_size < 2**20
+    else:  # many entries of the table that share one content
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("data", bytes(2**16))
+            archive.filelist += [copy.copy(archive.filelist[0]) for _ in range(5000)]
+    tracemalloc.start()
+    began = time.monotonic()
+    with pytest.raises(CheckpointError, match=r"no checkpoint.*(is compressed|would take|no such file)"):
+        load_checkpoint(tmp_path)
+    assert time.monotonic() - began < 5
+    assert tracemalloc.get_traced_memory()[1] < 30 * 2**20
+    tracemalloc.stop()
 
 
 def test_a_foreign_checkpoint_is_refused_with_what_differs(toy):

@@ -144,12 +144,12 @@ def test_a_fault_stops_the_step_before_a_weight_moves(user, cast, tmp_path, caps
     change, says = FAULTS[fault]
     weights = []
 
-    def watched(self, step, *optimizers, real=ppo_max.Run.guard):
+    def watched(self, step, *optimizers, real=ppo_max.Run.skipping_faults):
         weights.append({name: p.detach().clone() for name, p in made[0].policy.named_parameters()})
         return real(self, step, *optimizers)
 
     made = cast(change)
-    monkeypatch.setattr(ppo_max.Run, "guard", watched)
+    monkeypatch.setattr(ppo_max.Run, "skipping_faults", watched)
     with pytest.raises(NotFinite, match=rf"step 2: .*{says}.*replay.*--skip-faults"):
         ppo_max.main(Settings(**user, out=tmp_path / "run"))
     # The second step began with weights[1]; its fault came in its first minibatch.

@@ -61,9 +61,31 @@ def test_what_is_not_measured_has_no_column_and_nan_is_shown():
     assert row.split()[:3] == ["1", "nan", "0.5000"]
 
 
+def test_metrics_of_ones_own_fill_the_free_columns():
+    own = {f"loss_number_{n}": 0.125 * n for n in range(9)}
+    header, row, *_ = show(2, terminal=False, logged={"score": 1.0, "entropy": 2.0, **own}).splitlines()
+    assert header.split() == ["step", "score", *list(own)[:4], "time", "left"]
+    assert row.split()[:4] == ["1", "1.000", "0", "0.125"]
+    assert len(header) == len(row)
+    assert "entropy" not in header
+
+
+def test_a_column_that_is_missing_later_keeps_its_room():
+    stream = io.StringIO()
+    progress = Progress(2, console=Console(file=stream, width=100, highlight=False, color_system=None))
+    progress.start(1)
+    progress.update(1, {"score": 1.0, "perplexity": 2.0, "[red]mine": 1.0})
+    progress.update(2, {"score": 1.0})
+    progress.stop()
+    assert len({len(line) for line in stream.getvalue().splitlines()}) == 1
+
+
 def test_the_table_shows_the_change(capsys):
-    Console(width=80).print(before_and_after({"score": 1.0, "kl": 0.0}, {"score": 0.5, "kl": 0.25}))
+    table = before_and_after({"score": 1.0, "kl": 0.0, "[b]a": 1}, {"score": 0.5, "kl": 0.25, "own": 3})
+    Console(width=80).print(table)
     output = capsys.readouterr().out
+    assert "[b]a" in output
+    assert "own" in output
     assert "-0.500" in output
     assert "+0.250" in output
 

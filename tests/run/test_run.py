@@ -6,6 +6,7 @@ import math
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -170,13 +171,30 @@ def test_without_resume_the_last_default_folder_is_not_touched_and_with_it_the_l
     assert Run(toy.ToySettings(resume=True), name="toy").folder == Path("runs/toy-seed0-2")
 
 
-def test_metrics_keep_to_their_names_and_steps(toy):
+def test_any_metric_may_be_logged_and_the_standard_ones_come_first(toy):
     run = Run(toy.ToySettings(), name="toy")
-    with pytest.raises(ValueError, match=r"got \['reward'\]; the names are \['step', 'score'"):
-        run.log(1, {"reward": 1.0})
-    run.log(1, {"score": 1.0})
+    own = {"loss_spo": torch.tensor(0.25), "kl": np.float32(0.5), "[b]own[/b]": math.nan, "score": True}
+    run.log(1, own)
     with pytest.raises(ValueError, match="step: got 1, needs more than 1"):
         run.log(1, {"score": 1.0})
+    written = rows(run.folder / "metrics.jsonl")[0]
+    assert list(written.items()) == [
+        ("step", 1), ("score", 1.0), ("kl", 0.5), ("loss_spo", 0.25), ("[b]own[/b]", None),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "value",
+    [torch.ones(1), np.ones((2, 2)), "1.0", None, [1.0], 1j, torch.tensor(1j), 10**400, {"a": 1}],
+    ids=str,
+)
+def test_what_is_no_scalar_is_refused_by_its_name(toy, value):
+    run = Run(toy.ToySettings(), name="toy")
+    with pytest.raises(ValueError, match=r"mine: got .*needs a scalar"):
+        run.log(1, {"score": 1.0, "mine": value})
+    with pytest.raises(ValueError, match=r"names \['step', 3\]"):
+        run.log(1, {"step": 1.0, 3: 1.0})
+    run.log(1, {"score": 1.0})
 
 
 def test_nan_is_null_in_strict_json_and_is_announced_once(toy, capsys):
