@@ -8,8 +8,10 @@ position P-1+t of the concatenated sequence; ``docs/batch.md`` draws it.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
-from tensordict import TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
 SCHEMA: dict[str, tuple[str, torch.dtype]] = {
@@ -17,7 +19,10 @@ SCHEMA: dict[str, tuple[str, torch.dtype]] = {
     "prompt_mask": ("BP", torch.bool),
     "response_ids": ("BT", torch.int64),
     "response_mask": ("BT", torch.bool),
+    "action_mask": ("BT", torch.bool),
+    "loss_mask": ("BT", torch.bool),
     "truncated": ("B", torch.bool),
+    "abstained": ("B", torch.bool),
     "group_id": ("B", torch.int64),
     "old_log_probs": ("BT", torch.float32),
     "ref_log_probs": ("BT", torch.float32),
@@ -35,11 +40,53 @@ SCHEMA: dict[str, tuple[str, torch.dtype]] = {
 """Key -> (dimensions, dtype). Keys that are not listed are the user's own and are left alone."""
 
 
+MASKS = ("response_mask", "action_mask", "loss_mask")
+"""The masks of a response, from wide to narrow: each is True only where the one before it is."""
+
+FALLBACK = {"loss_mask": "action_mask", "action_mask": "response_mask", "shaped_score": "score"}
+"""Key -> the key that is read in its place where the batch lacks it."""
+
+
+def present_key(batch: TensorDictBase, key: NestedKey) -> NestedKey:
+    """Return ``key``, or where the batch lacks it the first of its fallbacks that the batch holds.
+
+    Where the batch holds none of them, the last one is returned.
+
+    >>> from tensordict import TensorDict
+    >>> present_key(TensorDict({"response_mask": torch.ones(1, 2, dtype=torch.bool)}, [1]), "loss_mask")
+    'response_mask'
+    """
+    while key in FALLBACK and batch.get(key, None) is None:
+        key = FALLBACK[key]
+    return key
+
+
+def padding_error(mask: Tensor, *, left: bool) -> str | None:
+    """Say which row of ``mask`` [B,T] is not padded on that side only; None where all rows are.
+
+    >>> padding_error(torch.tensor([[True, False, True]]), left=False)
+    'row 0 is not right-padded (valid slots [0, 2] of 3)'
+    """
+    wrong = wrongly_padded(mask, left=left)
+    if not bool(wrong.any()):
+        return None
+    row = int(wrong.nonzero()[0])
+    valid = mask[row].nonzero().flatten().tolist()
+    return f"row {row} is not {'left' if left else 'right'}-padded (valid slots {valid} of {mask.shape[1]})"
+
+
+def wrongly_padded(mask: Tensor, *, left: bool) -> Tensor:
+    """[B] bool: rows of ``mask`` [B,T] with a masked slot where a left- or right-padded row has none."""
+    first, second = mask[:, :-1], mask[:, 1:]
+    return ((first & ~second) if left else (~first & second)).any(1)
+
+
 def check_batch(batch: TensorDictBase, *, require: tuple[str, ...] = ()) -> TensorDictBase:
     """Return ``batch`` unchanged, or raise ``ValueError`` naming the key, what it holds and what it needs.
 
     Checked: batch size [B]; shape and dtype of every schema key present; the keys of ``require`` are there;
-    prompts padded on the left and responses on the right; every prompt holds a token.
+    prompts padded on the left and responses on the right; every prompt holds a token; ``loss_mask`` is True
+    only where ``action_mask`` is, and ``action_mask`` only where ``response_mask`` is (they may have holes).
 
     >>> import torch
     >>> from tensordict import TensorDict
@@ -71,27 +118,26 @@ def check_batch(batch: TensorDictBase, *, require: tuple[str, ...] = ()) -> Tens
             known, source = sizes.setdefault(dim, (size, key))
             if size != known:
                 raise ValueError(f"{key}: got shape {list(value.shape)}, needs {dim}={known} as in {source}")
-    _check_side(batch, "prompt_mask", left=True)
-    _check_side(batch, "response_mask", left=False)
+    for key, left in (("prompt_mask", True), ("response_mask", False)):
+        mask = batch.get(key, None)
+        error = None if mask is None else padding_error(mask, left=left)
+        if error:
+            raise ValueError(
+                f"{key}: {error}; {'prompts' if left else 'responses'} are padded on the "
+                f"{'left' if left else 'right'}"
+            )
     prompt_mask = batch.get("prompt_mask", None)
     if prompt_mask is not None and not bool(prompt_mask.any(1).all()):
         row = int((~prompt_mask.any(1)).nonzero()[0])
         raise ValueError(f"prompt_mask: row {row} is empty; a prompt needs at least one token")
+    _check_subsets(batch)
     return batch
 
 
-def _check_side(batch: TensorDictBase, key: str, *, left: bool) -> None:
-    mask: Tensor | None = batch.get(key, None)
-    if mask is None or mask.shape[1] < 2:
-        return
-    first, second = mask[:, :-1], mask[:, 1:]
-    wrong = ((first & ~second) if left else (~first & second)).any(1)
-    if bool(wrong.any()):
-        row = int(wrong.nonzero()[0])
-        side = "left" if left else "right"
-        what = "prompts" if left else "responses"
-        valid = mask[row].nonzero().flatten().tolist()
-        raise ValueError(
-            f"{key}: row {row} is not {side}-padded (valid slots {valid} of {mask.shape[1]}); "
-            f"{what} are padded on the {side}"
-        )
+def _check_subsets(batch: TensorDictBase) -> None:
+    held = [key for key in MASKS if batch.get(key, None) is not None]
+    for wide, narrow in pairwise(held):
+        outside = batch[narrow] & ~batch[wide]
+        if bool(outside.any()):
+            row, slot = outside.nonzero()[0].tolist()
+            raise ValueError(f"{narrow}: row {row}, slot {slot} is True and False in {wide}; needs a subset")

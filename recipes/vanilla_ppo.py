@@ -46,7 +46,7 @@ def main(cfg: VanillaPPO) -> int:
     task = load_task(cfg, engine, **sandbox_models(cfg))
     policy, critic = task.policy, task.critic
 
-    shape = TensorDictSequential(PlaceScore(in_keys=["score", "response_mask"]), GAE(cfg.gamma, cfg.lam))
+    shape = TensorDictSequential(PlaceScore(), GAE(cfg.gamma, cfg.lam))
     losses = Objective(ClippedSurrogate(clip=cfg.clip), SquaredValueLoss())
     policy_opt = cfg.optimizer(engine, policy, cfg.lr)
     critic_opt = cfg.optimizer(engine, critic, cfg.critic_lr)

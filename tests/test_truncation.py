@@ -7,7 +7,16 @@ import torch
 from tensordict.nn import TensorDictSequential
 
 from ppo_kit.models import Bootstrap, Critic
-from ppo_kit.modules import GAE, DropTruncated, MissingEndPenalty, PlaceScore, ScoreScale
+from ppo_kit.modules import (
+    GAE,
+    DropTruncated,
+    MissingEndPenalty,
+    PlaceScore,
+    ScoreScale,
+    SquaredValueLoss,
+    with_counts,
+)
+from ppo_kit.monitor import rollout_metrics
 
 GAMMA, LAM, SCORES = 0.9, 0.8, [2.0, 3.0]
 
@@ -41,7 +50,7 @@ def test_choices(experience, choice):
         "terminal": [PlaceScore(), GAE(GAMMA, LAM)],
         "penalize": [MissingEndPenalty(1.5), PlaceScore(), GAE(GAMMA, LAM)],
         "bootstrap": [PlaceScore(), Bootstrap(critic.model), GAE(GAMMA, LAM, bootstrap=True)],
-        "drop": [PlaceScore(), GAE(GAMMA, LAM), DropTruncated()],
+        "drop": [DropTruncated(), PlaceScore(), GAE(GAMMA, LAM)],
     }[choice]
     before = batch["response_mask"].clone()
     # A scale that has seen nothing passes the score on as it is.
@@ -53,5 +62,24 @@ def test_choices(experience, choice):
         got = out["advantages"][row][before[row]].tolist()
         assert got == pytest.approx(loop(values, score, end), rel=1e-5, abs=1e-5)
     assert out["score"].tolist() == SCORES
-    kept = [True, choice != "drop"]
-    assert out["response_mask"].any(1).tolist() == kept
+    assert torch.equal(out["response_mask"], before)
+    counted = with_counts(out)
+    assert counted["num_sequences"].tolist() == ([1, 1] if choice == "drop" else [2, 2])
+
+
+def test_drop_changes_the_loss_alone(experience):
+    """No metric, length or text of the rollout, no advantage; the losses and their gradients leave it out."""
+    _, batch = experience
+    shape = TensorDictSequential(PlaceScore(), GAE(GAMMA, LAM))
+    kept = shape(batch.clone())
+    dropped = TensorDictSequential(DropTruncated(), shape)(batch.clone())
+    assert rollout_metrics(dropped) == rollout_metrics(kept)
+    for key, value in kept.items():
+        assert torch.equal(value, dropped[key]), key
+    values = {"values": torch.zeros_like(kept["returns"]).requires_grad_()}
+    loss = SquaredValueLoss()(with_counts(dropped.update(values)))["loss_value"]
+    alone = SquaredValueLoss()(with_counts(kept.update(values)[:1]))["loss_value"]
+    assert loss.item() == alone.item()
+    loss.backward()
+    assert values["values"].grad[0].any()
+    assert not values["values"].grad[1].any()

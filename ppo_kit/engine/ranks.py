@@ -17,6 +17,8 @@ import torch.distributed as dist
 from tensordict import NonTensorStack, TensorDict, TensorDictBase
 from torch import Tensor
 
+from ppo_kit.batch import MASKS
+
 T = TypeVar("T")
 _alone = False
 
@@ -124,13 +126,15 @@ def rows_of_rank(rows: int) -> list[int]:
 
 
 def share(batch: TensorDictBase) -> TensorDictBase:
-    """This rank's rows of a batch that every rank holds; a repeated row has an empty ``response_mask``."""
+    """This rank's rows of a batch that every rank holds; a repeated row has empty masks."""
     if world_size() == 1:
         return batch
     rows = rows_of_rank(len(batch))
     mine = batch[rows]
-    if "response_mask" in mine and rank() + world_size() * (len(rows) - 1) >= len(batch):
-        mine["response_mask"][-1] = False
+    if rank() + world_size() * (len(rows) - 1) >= len(batch):
+        for key in MASKS:
+            if key in mine:
+                mine[key][-1] = False
     return mine
 
 

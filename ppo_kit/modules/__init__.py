@@ -33,6 +33,7 @@ from ppo_kit.modules.policy_losses import (
 )
 from ppo_kit.modules.preference import PairwiseLoss
 from ppo_kit.modules.rewards import PlaceScore, ScoreClip, ScoreNormalize, ScoreScale
+from ppo_kit.modules.shaping import Shaping
 from ppo_kit.modules.transforms import Clip, Whiten
 
 __all__ = [
@@ -77,6 +78,7 @@ __all__ = [
     "ScoreNormalize",
     "ScoreScale",
     "ScoreWhiten",
+    "Shaping",
     "SquaredValueLoss",
     "SumScores",
     "TruncatedImportance",

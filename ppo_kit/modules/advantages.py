@@ -32,13 +32,13 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 Lambda = Callable[[Tensor], Tensor]
-"""response_mask [B,T] -> λ [B,T]."""
+"""action_mask [B,T] -> λ [B,T]."""
 
 
 class GAE(BatchModule):
     """A_t = Σ_l (γλ)^l δ_{t+l}, δ_t = r_t + γ V_{t+1} − V_t; returns R_t = A_t + V_t (the report's Eq. 9).
 
-    Keys: rewards, old_values, response_mask, all [B,T] -> advantages, returns [B,T], 0 where masked. λ = 1 is
+    Keys: rewards, old_values, action_mask, all [B,T] -> advantages, returns [B,T], 0 where masked. λ = 1 is
     Monte Carlo minus V, λ = 0 the TD error.
 
     Args:
@@ -56,7 +56,7 @@ class GAE(BatchModule):
     [[0.5, 0.5]]
     """
 
-    IN, OUT = ("rewards", "old_values", "response_mask"), ("advantages", "returns")
+    IN, OUT = ("rewards", "old_values", "action_mask"), ("advantages", "returns")
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class MonteCarlo(BatchModule):
     """A_t = R_t − b, R_t = Σ_l γ^l r_{t+l} the reward still to come (REINFORCE, Williams 1992).
 
     b is 0, or with ``baseline`` the mean over the batch's responses of their whole return R_0. ``Whiten``
-    after it makes REINFORCE++ (Hu 2025). Keys: rewards, response_mask, both [B,T] -> advantages [B,T], 0
+    after it makes REINFORCE++ (Hu 2025). Keys: rewards, action_mask, both [B,T] -> advantages [B,T], 0
     where masked; no critic.
 
     >>> from tensordict import TensorDict
@@ -101,7 +101,7 @@ class MonteCarlo(BatchModule):
     [[-1.0, -2.0], [1.0, 0.0]]
     """
 
-    IN, OUT = ("rewards", "response_mask"), ("advantages",)
+    IN, OUT = ("rewards", "action_mask"), ("advantages",)
 
     def __init__(self, gamma: float = 1.0, *, baseline: bool = False, **keys: Unpack[Keys]) -> None:
         super().__init__(**keys)
@@ -120,26 +120,33 @@ class ResponseAdvantage(BatchModule):
     """Base of the estimators that give every token of a response the same advantage.
 
     A response is worth the sum of its rewards: its placed score, less its KL where ``KLPenalty`` came before.
-    A response without a valid token belongs to no group. Put the module where ``GAE`` would be; there is no
-    critic. Subclasses implement ``advantage`` over [B].
+    A response without an action belongs to no group, nor does one that the reward abstained on (``abstained``
+    [B], read where it is there): neither counts in a baseline, and both get 0. A response that
+    ``DropTruncated`` takes out of the losses counts: the policy drew it and it has a score. Put the module
+    where ``GAE`` would be; there is no critic. Subclasses implement ``advantage`` over [B].
     """
 
-    IN, OUT = ("rewards", "group_id", "response_mask"), ("advantages",)
+    IN, OUT, OPTIONAL = ("rewards", "group_id", "action_mask"), ("advantages",), ("abstained",)
 
     def advantage(self, score: Tensor, group_id: Tensor, mask: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def compute(self, rewards: Tensor, group_id: Tensor, mask: Tensor) -> Tensor:
-        alone = -1 - torch.arange(len(mask), device=mask.device)
-        group_id = torch.where(mask.any(1), group_id, alone)
-        advantage = self.advantage(masked_sum(rewards, mask, 1), group_id, mask)
+    def compute(self, rewards: Tensor, group_id: Tensor, mask: Tensor, abstained: Tensor | None) -> Tensor:
+        if abstained is not None:
+            mask = mask & ~abstained[:, None]
+        # Groups 0, 1, … in place of the ids, which may be any number; a row without an action is its own.
+        same = group_id[:, None] == group_id[None, :]
+        first = (same.cumsum(1) == 0).sum(1)
+        alone = len(mask) + torch.arange(len(mask), device=mask.device)
+        group = torch.where(mask.any(1), first, alone)
+        advantage = self.advantage(masked_sum(rewards, mask, 1), group, mask)
         return zero_masked(advantage[:, None].expand(mask.shape), mask)
 
 
 class RLOO(ResponseAdvantage):
     """A = s − mean of the other responses to the same prompt (Ahmadian et al. 2024, Eq. 8).
 
-    Keys: rewards [B,T], group_id [B], response_mask [B,T] -> advantages [B,T]; see ``ResponseAdvantage``.
+    Keys: rewards [B,T], group_id [B], action_mask [B,T] -> advantages [B,T]; see ``ResponseAdvantage``.
 
     >>> from tensordict import TensorDict
     >>> batch = TensorDict({"rewards": torch.tensor([[1.0], [2.0], [6.0]]),
@@ -157,7 +164,7 @@ class GRPO(ResponseAdvantage):
     """A = (s − mean of its group) / (σ of its group + eps) (Shao et al. 2024); without σ it is Dr. GRPO's.
 
     ``GRPO(scale=False)`` then ``Whiten`` is REINFORCE++'s form with a baseline. Keys: rewards [B,T],
-    group_id [B], response_mask [B,T] -> advantages [B,T]; see ``ResponseAdvantage``.
+    group_id [B], action_mask [B,T] -> advantages [B,T]; see ``ResponseAdvantage``.
 
     Args:
         scale: divide by σ; False for Dr. GRPO (Liu et al. 2025), which also aggregates by ``ConstantMean``.
@@ -182,7 +189,7 @@ class GRPO(ResponseAdvantage):
 class OPO(ResponseAdvantage):
     """A = s − Σ L s / Σ L over its group, L the lengths (Hao et al. 2025): the baseline of least variance.
 
-    Keys: rewards [B,T], group_id [B], response_mask [B,T] -> advantages [B,T]; see ``ResponseAdvantage``.
+    Keys: rewards [B,T], group_id [B], action_mask [B,T] -> advantages [B,T]; see ``ResponseAdvantage``.
 
     >>> from tensordict import TensorDict
     >>> batch = TensorDict({"rewards": torch.tensor([[3.0, 0.0], [0.0, 0.0]]),
@@ -199,7 +206,7 @@ class OPO(ResponseAdvantage):
 class ReMax(BatchModule):
     """A = s − score of the greedy answer to the same prompt (Li et al. 2023).
 
-    Keys: rewards [B,T], greedy_score [B], response_mask [B,T] -> advantages [B,T]; greedy_score is yours to
+    Keys: rewards [B,T], greedy_score [B], action_mask [B,T] -> advantages [B,T]; greedy_score is yours to
     write, from one greedy answer a prompt, in the units of the rewards.
 
     >>> from tensordict import TensorDict
@@ -209,7 +216,7 @@ class ReMax(BatchModule):
     [[-2.0, -2.0]]
     """
 
-    IN, OUT = ("rewards", "greedy_score", "response_mask"), ("advantages",)
+    IN, OUT = ("rewards", "greedy_score", "action_mask"), ("advantages",)
 
     def compute(self, rewards: Tensor, greedy_score: Tensor, mask: Tensor) -> Tensor:
         advantage = greedy_baseline(masked_sum(rewards, mask, 1), greedy_score)

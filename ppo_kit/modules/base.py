@@ -11,7 +11,7 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
-from ppo_kit.batch import SCHEMA
+from ppo_kit.batch import FALLBACK, SCHEMA, padding_error, present_key, wrongly_padded
 
 
 class Keys(TypedDict, total=False):
@@ -29,6 +29,14 @@ class BatchModule(TensorDictModuleBase):
     Both lists can be given to the constructor, nested keys included, as in TorchRL. A renamed key is still
     held to the shape of the default key it stands for.
 
+    A module names the mask that it reads: ``loss_mask`` (the token is trained on: losses), ``action_mask``
+    (the policy chose the token: advantages, KL, statistics of the policy) or ``response_mask`` (a token is
+    there: lengths and text). Where the batch lacks ``loss_mask``, ``action_mask`` is read in its place, and
+    where it lacks that, ``response_mask``; likewise ``score`` in the place of ``shaped_score``
+    (``ppo_kit.batch.FALLBACK``). A renamed key is read as it is, without a fallback.
+
+    Default keys in ``OPTIONAL`` are read where the batch holds them and come last, None where it does not.
+
     Args:
         in_keys, out_keys: the keys to use instead of ``IN`` and ``OUT``, in the same order.
         extra: default keys read after those of ``IN`` because an option of the subclass asks for them.
@@ -36,8 +44,8 @@ class BatchModule(TensorDictModuleBase):
     Raises:
         KeyError: a key of ``in_keys`` is not in the batch (``TensorDictSequential`` alone would pass None).
         ValueError: the batch size is not [B]; a key has not the dimensions or the kind of dtype that
-            ``ppo_kit.batch.SCHEMA`` gives it; a mask is padded on the wrong side (not looked at under
-            ``torch.compile``, where it would break the graph).
+            ``ppo_kit.batch.SCHEMA`` gives it; ``response_mask`` is not right-padded, or ``prompt_mask`` not
+            left-padded. (Under ``torch.compile`` a wrong padding is a RuntimeError of the compiled graph.)
 
     >>> from tensordict import TensorDict
     >>> class Negate(BatchModule):
@@ -55,6 +63,7 @@ class BatchModule(TensorDictModuleBase):
 
     IN: ClassVar[Sequence[NestedKey]] = ()
     OUT: ClassVar[Sequence[NestedKey]] = ()
+    OPTIONAL: ClassVar[Sequence[str]] = ()
     compute: Callable[..., Any]
 
     def __init__(
@@ -84,21 +93,22 @@ class BatchModule(TensorDictModuleBase):
     def forward(self, batch: TensorDictBase) -> TensorDictBase:
         return self.write(batch, self.compute(*self.read(batch)))
 
-    def read(self, batch: TensorDictBase) -> list[Tensor]:
-        """The tensors of ``in_keys``, checked."""
+    def read(self, batch: TensorDictBase) -> list[Any]:
+        """The tensors of ``in_keys``, then those of ``OPTIONAL`` (None where absent), checked."""
         if len(batch.batch_size) != 1:
             raise ValueError(
                 f"{type(self).__name__}: batch_size is {list(batch.batch_size)}, needs one dimension [B]"
             )
-        inputs = [require(batch, key, type(self).__name__) for key in self.in_keys]
+        found = [present_key(batch, key) for key in self.in_keys]
+        inputs: list[Any] = [require(batch, key, type(self).__name__) for key in self.in_keys]
+        found += self.OPTIONAL
+        inputs += [batch.get(key, None) for key in self.OPTIONAL]
         lengths: dict[str, tuple[int, NestedKey]] = {}
-        for role, key, value in zip(self.roles, self.in_keys, inputs, strict=True):
-            if role in SCHEMA:
+        for role, key, value in zip((*self.roles, *self.OPTIONAL), found, inputs, strict=True):
+            if role in SCHEMA and value is not None:
                 self._check(key, value, *SCHEMA[role], lengths)
-        if not torch.compiler.is_compiling():
-            for role, key, value in zip(self.roles, self.in_keys, inputs, strict=True):
-                if role in ("response_mask", "prompt_mask"):
-                    self._check_side(key, value, left=role == "prompt_mask")
+            if key == "response_mask" or role in ("response_mask", "prompt_mask"):
+                self._check_side(key, value, left=role == "prompt_mask")
         return inputs
 
     def write(self, batch: TensorDictBase, outputs: Any) -> TensorDictBase:
@@ -129,15 +139,14 @@ class BatchModule(TensorDictModuleBase):
             raise ValueError(f"{where} is {value.dtype}, needs {dtype}")
 
     def _check_side(self, key: NestedKey, mask: Tensor, *, left: bool) -> None:
-        first, second = mask[:, :-1], mask[:, 1:]
-        wrong = ((first & ~second) if left else (~first & second)).any(1)
-        if bool(wrong.any()):
-            row = int(wrong.nonzero()[0])
-            valid = mask[row].nonzero().flatten().tolist()
-            raise ValueError(
-                f"{type(self).__name__}: {key!r} row {row} is not {'left' if left else 'right'}-padded "
-                f"(valid slots {valid} of {mask.shape[1]})"
-            )
+        where = f"{type(self).__name__}: {key!r}"
+        if torch.compiler.is_compiling():
+            side = "left" if left else "right"
+            torch._assert_async(~wrongly_padded(mask, left=left).any(), f"{where} is not {side}-padded")
+            return
+        error = padding_error(mask, left=left)
+        if error:
+            raise ValueError(f"{where} {error}")
 
 
 def positive(owner: object, name: str, value: float) -> float:
@@ -155,9 +164,16 @@ def at_least_zero(owner: object, name: str, value: float) -> float:
 
 
 def require(batch: TensorDictBase, key: NestedKey, reader: str) -> Tensor:
-    """The tensor at ``key``, or a ``KeyError`` that names the reader, the key and what the batch holds."""
-    value = batch.get(key, None)
+    """The tensor at ``key``, or at its fallback (``ppo_kit.batch.FALLBACK``).
+
+    A ``KeyError`` names the reader, the key and what the batch holds.
+    """
+    value = batch.get(present_key(batch, key), None)
     if value is None:
         held = sorted(map(str, batch.keys(include_nested=True, leaves_only=True)))
-        raise KeyError(f"{reader} needs {key!r}; the batch holds {held}")
+        names = [repr(key)]
+        while key in FALLBACK:
+            key = FALLBACK[key]
+            names.append(repr(key))
+        raise KeyError(f"{reader} needs {' or '.join(names)}; the batch holds {held}")
     return value

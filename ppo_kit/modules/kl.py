@@ -124,7 +124,7 @@ class KLPenalty(BatchModule):
 
     KL_t is estimated from the sampled token (``ppo_kit.functional.kl_estimate``); k1, the default, is the
     log-ratio whose sum over a response is its unbiased KL. Keys: rewards, old_log_probs, ref_log_probs,
-    response_mask, all [B,T] -> kl [B,T] in nats, rewards [B,T]; both 0 where masked. Do not add a ``KLLoss``
+    action_mask, all [B,T] -> kl [B,T] in nats, rewards [B,T]; both 0 where masked. Do not add a ``KLLoss``
     to the same run: the KL would count twice.
 
     Args:
@@ -141,8 +141,9 @@ class KLPenalty(BatchModule):
     ([[1.0, 0.0]], [[-0.5, 1.0]])
     """
 
-    IN = ("rewards", "old_log_probs", "ref_log_probs", "response_mask")
+    IN = ("rewards", "old_log_probs", "ref_log_probs", "action_mask")
     OUT = ("kl", "rewards")
+    UPDATE = "after_chain"
 
     def __init__(
         self,
@@ -168,7 +169,8 @@ class KLPenalty(BatchModule):
     def update(self, batch: TensorDictBase) -> None:
         """Give the controller the rollout's mean KL per token and its number of responses, over all ranks.
 
-        Call it once per rollout, after ``forward`` (it reads the ``kl`` written there).
+        Call it once per rollout, after ``forward`` (it reads the ``kl`` written there). ``Shaping`` calls it
+        once the whole chain has run.
         """
         name = f"{type(self).__name__}.update"
         kl, mask = (require(batch, key, name) for key in (self.out_keys[0], self.in_keys[3]))
@@ -179,6 +181,10 @@ class KLPenalty(BatchModule):
         if tokens > 0:
             self.controller.update(float(total / tokens), int(rows))
 
+    def metrics(self) -> dict[str, float]:
+        """``kl_coef``: β as it is now."""
+        return {"kl_coef": float(self.controller.coef)}
+
 
 class KLLoss(BatchLoss):
     """L = weight · mean KL_t(π, π_ref): the KL as a loss (GRPO), instead of in the reward.
@@ -187,7 +193,7 @@ class KLLoss(BatchLoss):
     KL(π_ref, π): E_π[(1 − π_ref/π) ∇log π] = −E_π_ref[∇log π]. k1 is refused: its gradient, ∇log π, does not
     depend on the reference and is zero in expectation.
 
-    Keys: log_probs, ref_log_probs, response_mask, all [B,T] -> loss_kl.
+    Keys: log_probs, ref_log_probs, loss_mask, all [B,T] -> loss_kl.
 
     >>> from tensordict import TensorDict
     >>> batch = TensorDict({"log_probs": torch.tensor([[-1.0]]), "ref_log_probs": torch.tensor([[-3.0]]),
@@ -196,7 +202,7 @@ class KLLoss(BatchLoss):
     1.0
     """
 
-    IN, OUT = ("log_probs", "ref_log_probs", "response_mask"), ("loss_kl",)
+    IN, OUT = ("log_probs", "ref_log_probs", "loss_mask"), ("loss_kl",)
 
     def __init__(
         self,

@@ -43,7 +43,7 @@ def ratio_diagnostics(
 class ClippedSurrogate(BatchLoss):
     """L = −min(ρ_t A_t, clip(ρ_t, 1 − clip, 1 + clip_high) A_t), ρ_t = π(t) / π_old(t): the report's Eq. 15.
 
-    Keys: log_probs, old_log_probs, advantages, response_mask, all [B,T] -> loss_policy, and averaged over
+    Keys: log_probs, old_log_probs, advantages, loss_mask, all [B,T] -> loss_policy, and averaged over
     tokens: ratio, clip_fraction (where the clip stops the gradient), approx_kl (k3 of KL(π_old, π), nats).
 
     Args:
@@ -59,7 +59,7 @@ class ClippedSurrogate(BatchLoss):
     {'loss_policy': -3.0, 'ratio': 1.0, 'clip_fraction': 0.0, 'approx_kl': 0.0}
     """
 
-    IN = ("log_probs", "old_log_probs", "advantages", "response_mask")
+    IN = ("log_probs", "old_log_probs", "advantages", "loss_mask")
     OUT = ("loss_policy", "ratio", "clip_fraction", "approx_kl")
 
     def __init__(
@@ -97,7 +97,7 @@ class ClippedSurrogate(BatchLoss):
 class SquaredValueLoss(BatchLoss):
     """L = ½ (V_t − R_t)²: the report's Eq. 16, with the factor ½ of MOSS-RLHF and TRL.
 
-    Keys: values, returns, response_mask, all [B,T] -> loss_value.
+    Keys: values, returns, loss_mask, all [B,T] -> loss_value.
 
     >>> from tensordict import TensorDict
     >>> batch = TensorDict({"values": torch.zeros(1, 1), "returns": torch.full((1, 1), 2.0),
@@ -106,7 +106,7 @@ class SquaredValueLoss(BatchLoss):
     2.0
     """
 
-    IN, OUT = ("values", "returns", "response_mask"), ("loss_value",)
+    IN, OUT = ("values", "returns", "loss_mask"), ("loss_value",)
 
     def compute(self, values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
         return squared_value_loss(values, returns)
@@ -115,7 +115,7 @@ class SquaredValueLoss(BatchLoss):
 class ClippedValueLoss(BatchLoss):
     """L = ½ max((V_t − R_t)², (V'_t − R_t)²), V' = V_old + clip(V − V_old, −clip, clip) (report, detail 7).
 
-    Keys: values, old_values, returns, response_mask, all [B,T] -> loss_value, and averaged over tokens:
+    Keys: values, old_values, returns, loss_mask, all [B,T] -> loss_value, and averaged over tokens:
     value_clip_fraction, where the clipped error is the larger one and V has no gradient.
 
     >>> from tensordict import TensorDict
@@ -126,7 +126,7 @@ class ClippedValueLoss(BatchLoss):
     {'loss_value': 2.0, 'value_clip_fraction': 1.0}
     """
 
-    IN = ("values", "old_values", "returns", "response_mask")
+    IN = ("values", "old_values", "returns", "loss_mask")
     OUT = ("loss_value", "value_clip_fraction")
 
     def __init__(
@@ -147,7 +147,7 @@ class ClippedValueLoss(BatchLoss):
 class HuberValueLoss(BatchLoss):
     """L = ½ e² for |e| ≤ δ, δ (|e| − ½ δ) beyond, e = V_t − R_t (Huber 1964): bounded pull of outliers.
 
-    Keys: values, returns, response_mask, all [B,T] -> loss_value.
+    Keys: values, returns, loss_mask, all [B,T] -> loss_value.
 
     >>> from tensordict import TensorDict
     >>> batch = TensorDict({"values": torch.zeros(1, 1), "returns": torch.full((1, 1), 3.0),
@@ -156,7 +156,7 @@ class HuberValueLoss(BatchLoss):
     2.5
     """
 
-    IN, OUT = ("values", "returns", "response_mask"), ("loss_value",)
+    IN, OUT = ("values", "returns", "loss_mask"), ("loss_value",)
 
     def __init__(self, *, delta: float = 1.0, **loss: Unpack[LossKeys]) -> None:
         super().__init__(**loss)
@@ -172,7 +172,7 @@ class EntropyBonus(BatchLoss):
     Below δ both push the entropy up; above it the region pushes it back down. MOSS-RLHF's default of δ = 35
     is above the log of any vocabulary (ln 32,000 = 10.4), so there it never does.
 
-    Keys: entropy, response_mask, both [B,T] -> loss_entropy.
+    Keys: entropy, loss_mask, both [B,T] -> loss_entropy.
 
     Args:
         weight: 0.01 in the report. region: δ in nats.
@@ -184,7 +184,7 @@ class EntropyBonus(BatchLoss):
     [-1.0, 1.5]
     """
 
-    IN, OUT = ("entropy", "response_mask"), ("loss_entropy",)
+    IN, OUT = ("entropy", "loss_mask"), ("loss_entropy",)
 
     def __init__(
         self,
@@ -203,7 +203,7 @@ class LanguageModelLoss(BatchLoss):
     """L = −weight · mean log π(t): the PTX term of PPO-max (the report's Eq. 17), λ_ptx = ``weight``.
 
     Give it a batch of pretraining or SFT text in the same schema; log_probs are the current policy's.
-    Keys: log_probs, response_mask, both [B,T] -> loss_ptx.
+    Keys: log_probs, loss_mask, both [B,T] -> loss_ptx.
 
     >>> from tensordict import TensorDict
     >>> batch = TensorDict({"log_probs": torch.full((1, 2), -1.5),
@@ -212,7 +212,7 @@ class LanguageModelLoss(BatchLoss):
     3.0
     """
 
-    IN, OUT = ("log_probs", "response_mask"), ("loss_ptx",)
+    IN, OUT = ("log_probs", "loss_mask"), ("loss_ptx",)
 
     def compute(self, log_probs: Tensor, mask: Tensor) -> Tensor:
         return -log_probs

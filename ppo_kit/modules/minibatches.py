@@ -12,14 +12,15 @@ from ppo_kit.modules.moments import Reduce, identity
 
 
 def with_counts(
-    batch: TensorDictBase, *, mask_key: NestedKey = "response_mask", reduce: Reduce = identity
+    batch: TensorDictBase, *, mask_key: NestedKey = "loss_mask", reduce: Reduce = identity
 ) -> TensorDictBase:
     """Write ``num_tokens`` and ``num_sequences`` [B] int64: the losses' denominators, the same in each row.
 
-    num_tokens counts the valid tokens of the batch, num_sequences its responses with at least one. Rows carry
-    them, so they survive any split.
+    num_tokens counts the tokens of the batch that are trained on, num_sequences its responses with at least
+    one. Rows carry them, so they survive any split.
 
     Args:
+        mask_key: what is counted; where the batch lacks ``loss_mask``, ``action_mask`` or ``response_mask``.
         reduce: sums a [2] int64 tensor over ranks. Data-parallel wrappers then average gradients over
             ranks; multiply the loss by the number of ranks to undo that.
 
@@ -45,7 +46,7 @@ def minibatches(
     *,
     epochs: int = 1,
     generator: torch.Generator,
-    mask_key: NestedKey = "response_mask",
+    mask_key: NestedKey = "loss_mask",
     reduce: Reduce = identity,
 ) -> Iterator[TensorDictBase]:
     """Yield shuffled minibatches of ``size`` rows, each for one optimizer step and with its counts.
@@ -77,7 +78,7 @@ def minibatches(
 
 
 def micro_batches(
-    minibatch: TensorDictBase, size: int, *, mask_key: NestedKey = "response_mask"
+    minibatch: TensorDictBase, size: int, *, mask_key: NestedKey = "loss_mask"
 ) -> Iterator[TensorDictBase]:
     """Split one optimizer step's minibatch into pieces of ``size`` rows that fit in memory.
 

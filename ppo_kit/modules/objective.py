@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 class Counts:
     """The denominators of one optimizer step; None where the batch holds all of it and counts its own.
 
-    tokens: valid tokens, sequences: responses with at least one. Over all micro-batches and ranks.
+    tokens: trained tokens (``loss_mask``), sequences: responses with at least one. Over all micro-batches and
+    ranks.
     """
 
     tokens: Tensor | None
@@ -82,8 +83,8 @@ class BatchLoss(BatchModule):
     """A loss over the batch's tensors: never a network, so DDP, ZeRO and LoRA wrap the models as they like.
 
     A subclass implements ``compute(*inputs)``, which returns one [B,T] tensor for each of ``OUT``: first the
-    loss per token, then diagnostics per token. Floating [B,T] inputs come with 0 in their masked slots, so
-    that NaN there reaches no value and no gradient.
+    loss per token, then diagnostics per token. ``IN`` has to name ``loss_mask``. Floating [B,T] inputs come
+    with 0 in their masked slots, so that NaN there reaches no value and no gradient.
 
     ``forward`` does not write to the batch: it returns a fresh TensorDict with ``batch_size=[]`` that holds
     the scalar ``loss_*`` and the detached diagnostics, as TorchRL's losses do. Each is this batch's share of
@@ -116,12 +117,14 @@ class BatchLoss(BatchModule):
                 f"{type(self).__name__}: aggregate got {aggregate!r}, "
                 f"needs one of {sorted(AGGREGATES)} or a callable"
             )
+        if "loss_mask" not in self.roles:
+            raise ValueError(f"{type(self).__name__}: IN is {list(self.IN)}, needs 'loss_mask' in it")
         self.weight = weight
         self.aggregate = AGGREGATES[aggregate] if isinstance(aggregate, str) else aggregate
 
     def forward(self, batch: TensorDictBase) -> TensorDict:
         inputs = self.read(batch)
-        mask = inputs[self.roles.index("response_mask")]
+        mask = inputs[self.roles.index("loss_mask")]
         clean = [_select(x, mask) for x in inputs]
         outputs = self.compute(*clean)
         loss, *diagnostics = outputs if isinstance(outputs, tuple) else (outputs,)

@@ -146,19 +146,20 @@ class MissingEndPenalty(BatchModule):
 
 
 class DropTruncated(BatchModule):
-    """Mask out every token of a response that was cut by length: the choice ``drop`` for truncated responses.
+    """Train on no token of a response that was cut by length: the choice ``drop`` for truncated responses.
 
-    Keys: response_mask [B,T], truncated [B] -> response_mask [B,T]. Put it before the advantages, so that no
-    group's baseline counts what is dropped; the batch's own mask is what changes, so take metrics first.
+    Keys: loss_mask [B,T], truncated [B] -> loss_mask [B,T]. It changes the losses alone: no metric, length,
+    text or advantage of the rollout, whatever its place in the chain. A dropped response counts in the
+    baseline of its group.
 
     >>> from tensordict import TensorDict
     >>> batch = TensorDict({"response_mask": torch.ones(2, 2, dtype=torch.bool),
     ...                     "truncated": torch.tensor([True, False])}, [2])
-    >>> DropTruncated()(batch)["response_mask"].tolist()
+    >>> DropTruncated()(batch)["loss_mask"].tolist()
     [[False, False], [True, True]]
     """
 
-    IN, OUT = ("response_mask", "truncated"), ("response_mask",)
+    IN, OUT = ("loss_mask", "truncated"), ("loss_mask",)
 
     def compute(self, mask: Tensor, truncated: Tensor) -> Tensor:
         return mask & ~truncated[:, None]

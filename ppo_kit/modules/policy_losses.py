@@ -1,6 +1,6 @@
 """Policy losses beside the clipped surrogate. Each takes the arguments of ``BatchLoss`` as well.
 
-Keys: log_probs, old_log_probs, advantages, response_mask, all [B,T] -> loss_policy, and averaged over tokens:
+Keys: log_probs, old_log_probs, advantages, loss_mask, all [B,T] -> loss_policy, and averaged over tokens:
 ratio, approx_kl, and clip_fraction where there is a clip.
 """
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 class PolicyGradient(BatchLoss):
     """L = −A_t log π(t) (Williams 1992; the report's Eq. 6): one step on each rollout.
 
-    Keys: log_probs, advantages, response_mask, all [B,T] -> loss_policy.
+    Keys: log_probs, advantages, loss_mask, all [B,T] -> loss_policy.
 
     >>> from tensordict import TensorDict
     >>> one = torch.ones(1, 1)
@@ -44,7 +44,7 @@ class PolicyGradient(BatchLoss):
     2.0
     """
 
-    IN, OUT = ("log_probs", "advantages", "response_mask"), ("loss_policy",)
+    IN, OUT = ("log_probs", "advantages", "loss_mask"), ("loss_policy",)
 
     def compute(self, log_probs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
         return policy_gradient(log_probs, advantages)
@@ -53,7 +53,7 @@ class PolicyGradient(BatchLoss):
 class RatioLoss(BatchLoss):
     """Base of the losses over the ratio to the behaviour policy, without a clip."""
 
-    IN = ("log_probs", "old_log_probs", "advantages", "response_mask")
+    IN = ("log_probs", "old_log_probs", "advantages", "loss_mask")
     OUT = ("loss_policy", "ratio", "approx_kl")
 
     def diagnose(self, log_probs: Tensor, old: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,7 +132,7 @@ class KLCov(RatioLoss):
 class ClippedRatioLoss(BatchLoss):
     """Base of the losses that clip the ratio: ``clip`` below, ``clip_high`` above (``clip`` if not given)."""
 
-    IN = ("log_probs", "old_log_probs", "advantages", "response_mask")
+    IN = ("log_probs", "old_log_probs", "advantages", "loss_mask")
     OUT = ("loss_policy", "ratio", "clip_fraction", "approx_kl")
 
     def __init__(self, clip: float, clip_high: float, **loss: Unpack[LossKeys]) -> None:
@@ -213,7 +213,7 @@ class GMPO(BatchLoss):
     ['loss_policy', 'ratio', 'clip_fraction', 'approx_kl']
     """
 
-    IN = ("log_probs", "old_log_probs", "advantages", "response_mask")
+    IN = ("log_probs", "old_log_probs", "advantages", "loss_mask")
     OUT = ("loss_policy", "ratio", "clip_fraction", "approx_kl")
     AGGREGATE = "sequence_mean"
 
@@ -237,7 +237,7 @@ class TruncatedImportance(BatchModule):
 
     Yao et al. 2025. Every policy loss here is linear in A for positive factors, so weighing the advantages
     weighs the loss (but not a KL term added to it). Keys: advantages, old_log_probs, sampler_log_probs,
-    response_mask, all [B,T] -> advantages, importance_weight [B,T], 0 where masked.
+    action_mask, all [B,T] -> advantages, importance_weight [B,T], 0 where masked.
 
     Args:
         cap: the largest weight, above 0.
@@ -250,7 +250,7 @@ class TruncatedImportance(BatchModule):
     [[2.0]]
     """
 
-    IN = ("advantages", "old_log_probs", "sampler_log_probs", "response_mask")
+    IN = ("advantages", "old_log_probs", "sampler_log_probs", "action_mask")
     OUT = ("advantages", "importance_weight")
 
     def __init__(self, cap: float = 2.0, **keys: Unpack[Keys]) -> None:

@@ -21,7 +21,7 @@ class PairwiseLoss(BatchModule):
     ``ppo_kit.data.pair_batches`` gives them. With ``num_sequences`` in the batch (2N summed over the whole
     optimizer step) the pieces of a step add up; a piece must keep its pairs together in this order.
 
-    Keys: score [2N], and with an LM term log_probs, response_mask [2N,T] -> loss_pairwise, and accuracy, the
+    Keys: score [2N], and with an LM term log_probs, loss_mask [2N,T] -> loss_pairwise, and accuracy, the
     share of pairs ranked right, in a TensorDict with ``batch_size=[]``.
 
     Args:
@@ -40,7 +40,7 @@ class PairwiseLoss(BatchModule):
     IN, OUT = ("score",), ("loss_pairwise", "accuracy")
 
     def __init__(self, *, lm_weight: float = 0.0, margin: float = 0.0, **keys: Unpack[Keys]) -> None:
-        super().__init__(extra=("log_probs", "response_mask") if lm_weight else (), **keys)
+        super().__init__(extra=("log_probs", "loss_mask") if lm_weight else (), **keys)
         self.lm_weight = at_least_zero(self, "lm_weight", lm_weight)
         self.margin = at_least_zero(self, "margin", margin)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,8 +22,9 @@ class RunningScore(BatchModule):
     """Base of the parts that hold running moments of the score: count, mean, m2 (squared deviations).
 
     The moments are float64 buffers, saved and restored by ``state_dict``. ``update`` is the only thing that
-    changes them; ``forward`` never does. Until two scores were seen, or while every score seen was the same
-    (standard deviation at most ``eps``), nothing is scaled: MOSS-RLHF divides by it, and gets 7e11.
+    changes them; ``forward`` never does. ``Shaping`` calls it just before ``forward``. Until two
+    scores were seen, or while every score seen was the same (standard deviation at most ``eps``), nothing is
+    scaled: MOSS-RLHF divides by it, and gets 7e11.
 
     Args:
         eps: standard deviations up to this count as zero.
@@ -30,6 +32,7 @@ class RunningScore(BatchModule):
     """
 
     IN, OUT = ("score",), ("shaped_score",)
+    UPDATE = "before_forward"
     count: Tensor
     mean: Tensor
     m2: Tensor
@@ -70,6 +73,14 @@ class RunningScore(BatchModule):
         self.count.copy_(merged.count)
         self.mean.copy_(merged.mean)
         self.m2.copy_(merged.m2)
+
+    def metrics(self) -> dict[str, float]:
+        """``score_mean`` and ``score_std``: the running moments; NaN where none or one score was seen."""
+        seen = float(self.count)
+        return {
+            "score_mean": float(self.mean) if seen else math.nan,
+            "score_std": float(self.moments.std) if seen > 1 else math.nan,
+        }
 
     def scale(self) -> Tensor:
         """σ as a float64 scalar, or 1 where there is no σ to divide by."""
@@ -139,19 +150,19 @@ class ScoreClip(BatchModule):
 
 
 class PlaceScore(BatchModule):
-    """Start the per-token rewards: the score on the last valid response token, 0 elsewhere.
+    """Start the per-token rewards: the score on the last action of the response, 0 elsewhere.
 
-    Keys: shaped_score [B], response_mask [B,T] -> rewards [B,T]. Vanilla PPO places the score as it is:
-    ``PlaceScore(in_keys=["score", "response_mask"])``.
+    Keys: shaped_score [B], action_mask [B,T] -> rewards [B,T]. Where nothing shaped the score (vanilla PPO),
+    ``score`` is placed as it is.
 
     >>> from tensordict import TensorDict
     >>> mask = torch.tensor([[True, True, False]])
     >>> batch = TensorDict({"score": torch.tensor([2.0]), "response_mask": mask}, [1])
-    >>> PlaceScore(in_keys=["score", "response_mask"])(batch)["rewards"].tolist()
+    >>> PlaceScore()(batch)["rewards"].tolist()
     [[0.0, 2.0, 0.0]]
     """
 
-    IN, OUT = ("shaped_score", "response_mask"), ("rewards",)
+    IN, OUT = ("shaped_score", "action_mask"), ("rewards",)
 
     def compute(self, score: Tensor, mask: Tensor) -> Tensor:
         return place_score(score, mask)

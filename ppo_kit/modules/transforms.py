@@ -1,4 +1,4 @@
-"""Normalizing and clipping a key over valid tokens."""
+"""Normalizing and clipping a key over the tokens that the policy chose."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Whiten(BatchModule):
     """x ← (x − mean) / σ over the batch's valid tokens: per rollout or per minibatch, by where it is put.
 
-    Put it before a minibatch is split into micro-batches. Keys: ``key`` [B,T], response_mask -> ``key``,
+    Put it before a minibatch is split into micro-batches. Keys: ``key`` [B,T], action_mask -> ``key``,
     0 where masked. σ² is the unbiased variance + eps.
 
     Args:
@@ -34,7 +34,7 @@ class Whiten(BatchModule):
     [-0.707, 0.707, 0.0]
     """
 
-    IN, OUT = ("advantages", "response_mask"), ("advantages",)
+    IN, OUT = ("advantages", "action_mask"), ("advantages",)
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class Whiten(BatchModule):
         reduce: Reduce | None = None,
         **keys: Unpack[Keys],
     ) -> None:
-        super().__init__(**{"in_keys": [key, "response_mask"], "out_keys": [key]} | keys)
+        super().__init__(**{"in_keys": [key, "action_mask"], "out_keys": [key]} | keys)
         self.shift_mean, self.eps, self.reduce = shift_mean, eps, reduce
 
     def compute(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class Whiten(BatchModule):
 class Clip(BatchModule):
     """x ← clip(x, −δ, δ), 0 where masked (δ = 0.5 and 0.12 for advantages in the report's Figure 6).
 
-    Keys: ``key`` [B,T], response_mask -> ``key``.
+    Keys: ``key`` [B,T], action_mask -> ``key``.
 
     >>> import torch
     >>> from tensordict import TensorDict
@@ -70,7 +70,7 @@ class Clip(BatchModule):
     [[-0.5, 0.25]]
     """
 
-    IN, OUT = ("advantages", "response_mask"), ("advantages",)
+    IN, OUT = ("advantages", "action_mask"), ("advantages",)
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class Clip(BatchModule):
         key: NestedKey = "advantages",
         **keys: Unpack[Keys],
     ) -> None:
-        super().__init__(**{"in_keys": [key, "response_mask"], "out_keys": [key]} | keys)
+        super().__init__(**{"in_keys": [key, "action_mask"], "out_keys": [key]} | keys)
         self.delta = positive(self, "delta", delta)
 
     def compute(self, x: Tensor, mask: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from ppo_kit.batch import present_key
 from ppo_kit.modules.moments import Reduce, identity, reduced_moments
 
 METRICS: dict[str, str] = {
@@ -53,7 +54,8 @@ def rollout_metrics(batch: TensorDictBase, *, reduce: Reduce = identity) -> dict
 
     Read where present: ``score``, ``gold_score`` [B]; ``truncated`` [B]; ``kl``, ``old_log_probs``,
     ``ref_log_probs``, ``old_values``, ``advantages``, ``returns``, ``entropy`` [B,T]. ``response_mask`` [B,T]
-    is needed; what it masks out may hold anything, NaN included. With M = Σ_bt mask:
+    is needed and gives the lengths; [B,T] quantities are averaged over ``action_mask`` where it is there.
+    What is masked out may hold anything, NaN included. With M = Σ_bt mask:
 
     - kl = Σ kl / M; without the key, k1: Σ (old_log_probs - ref_log_probs) / M
     - perplexity = exp(-Σ old_log_probs / M)
@@ -76,8 +78,8 @@ def rollout_metrics(batch: TensorDictBase, *, reduce: Reduce = identity) -> dict
     keys = set(batch.keys())
     if "response_mask" not in keys:
         raise ValueError(f"batch lacks response_mask; it holds {sorted(map(str, keys))}")
-    mask = batch["response_mask"]
-    quantities: dict[str, Tensor] = {"response_length": mask.sum(1)}
+    mask = batch[present_key(batch, "action_mask")]
+    quantities: dict[str, Tensor] = {"response_length": batch["response_mask"].sum(1)}
     for key in ("score", "gold_score", "kl", "entropy", "advantages", "returns"):
         if key in keys:
             quantities[key] = batch[key]
@@ -157,7 +159,7 @@ class Averages:
         The module's outputs are shares: sums over the piece's tokens over the tokens of the whole minibatch
         (``num_tokens``), so those of the pieces add up to the minibatch's mean.
         """
-        tokens, whole = piece["response_mask"].sum(), piece["num_tokens"][0]
+        tokens, whole = piece[present_key(piece, "loss_mask")].sum(), piece["num_tokens"][0]
         for key, value in out.items():
             name = f"{key.removeprefix('loss_')}_loss" if key.startswith("loss_") else key
             # With w = tokens of the piece, w x is the piece's sum: the share times the whole.

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from tensordict import TensorDictBase
 
+from ppo_kit.batch import present_key
 from ppo_kit.modules import ClippedSurrogate, ClippedValueLoss, SquaredValueLoss
 from ppo_kit.modules.objective import BatchLoss
 from ppo_kit.run.faults import read_fault, survey
@@ -30,7 +31,7 @@ def replay(file: Path, console: Console) -> None:
         table.add_row(key, str(count), holds)
     console.print(table)
     for loss in _losses(about["settings"]):
-        lacking = [str(key) for key in loss.in_keys if key not in batch]
+        lacking = [str(key) for key in loss.in_keys if present_key(batch, key) not in batch]
         name = str(loss.out_keys[0])
         if lacking:
             console.print(f"{name}: the batch lacks {', '.join(lacking)}")

@@ -11,7 +11,12 @@ try:
 except ImportError as error:
     raise ImportError("ppo_kit.testing needs hypothesis: pip install 'hypothesis>=6.100'") from error
 
-from ppo_kit.testing.invariance import check_padding_invariance, check_row_order, check_split_invariance
+from ppo_kit.testing.invariance import (
+    check_holes,
+    check_padding_invariance,
+    check_row_order,
+    check_split_invariance,
+)
 from ppo_kit.testing.oracles import check_against_loop, check_gradients, check_state_roundtrip
 from ppo_kit.testing.strategies import batches
 
@@ -19,6 +24,7 @@ __all__ = [
     "batches",
     "check_against_loop",
     "check_gradients",
+    "check_holes",
     "check_padding_invariance",
     "check_row_order",
     "check_split_invariance",

@@ -9,7 +9,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from ppo_kit.batch import SCHEMA
+from ppo_kit.batch import MASKS, SCHEMA, present_key
 
 
 class Component:
@@ -29,7 +29,7 @@ class Component:
         if self.inputs is None:
             result = self.call(batch.copy())
         else:
-            result = self.call(*(batch[key] for key in self.inputs))
+            result = self.call(*(batch[present_key(batch, key)] for key in self.inputs))
         for key, (value, version) in given.items():
             if value._version != version:
                 raise AssertionError(
@@ -42,21 +42,35 @@ class Component:
             return {"output": result}
         return {f"output {i}": value for i, value in enumerate(result)}
 
+    def mask(self, batch: TensorDictBase) -> Tensor:
+        """The mask [B,T] of the slots that may matter: the widest one that the component reads.
+
+        ``response_mask`` for a component that names none.
+        """
+        reads = [key for key in MASKS if self.reads is not None and key in self.reads]
+        return batch.get(present_key(batch, reads[0] if reads else "response_mask"))
+
     def floats(self, batch: TensorDictBase) -> list[Any]:
         """The floating-point keys the component may read."""
-        keys = batch.keys(True, True) if self.reads is None else self.reads
+        keys = batch.keys(True, True) if self.reads is None else [present_key(batch, k) for k in self.reads]
         return [key for key in keys if batch[key].is_floating_point()]
 
-    def gradients(self, batch: TensorDictBase) -> dict[str, Tensor]:
-        """Of a weighted sum of all outputs at valid slots, for each floating input; empty without a graph."""
+    def gradients(self, batch: TensorDictBase, order: Tensor | None = None) -> dict[str, Tensor]:
+        """Of a weighted sum of all outputs at valid slots, for each floating input; empty without a graph.
+
+        ``order`` [B,T]: the slot that each slot of the sum is taken from, where it is not the same one.
+        """
         leaves = {key: batch[key].detach().clone().requires_grad_() for key in self.floats(batch)}
         outputs = self.run(batch.copy().update(leaves))
-        mask = batch["response_mask"]
-        total = [
-            (torch.where(mask, out, 0.0) if out.shape == mask.shape else out).mul(_weights(out)).sum()
-            for out in outputs.values()
-            if out.requires_grad
-        ]
+        mask = self.mask(batch)
+
+        def select(out: Tensor) -> Tensor:
+            if out.shape != mask.shape:
+                return out
+            out = torch.where(mask, out, 0.0)
+            return out if order is None else out.gather(1, order)
+
+        total = [select(out).mul(_weights(out)).sum() for out in outputs.values() if out.requires_grad]
         if not total or not leaves:
             return {}
         found = torch.autograd.grad(torch.stack(total).sum(), list(leaves.values()), allow_unused=True)
@@ -105,7 +119,8 @@ def first_difference(
 def describe(batch: TensorDictBase, reads: Sequence[Any] | None) -> str:
     """The batch in a few lines: its size, its mask, and what the component reads."""
     rows, tokens = batch["response_mask"].shape
-    keys = list(dict.fromkeys(["response_mask", *(reads if reads is not None else batch.keys(True, True))]))
+    keys = batch.keys(True, True) if reads is None else [present_key(batch, key) for key in reads]
+    keys = list(dict.fromkeys(["response_mask", *keys]))
     lines = [f"smallest batch found: {rows} row(s) of {tokens} token(s)"]
     for key in keys:
         value = batch[key]

@@ -1,4 +1,4 @@
-"""Checks that a component gives the same whatever the padding, the split and the order of rows.
+"""Checks that a component gives the same whatever the padding, the holes, the split and the order of rows.
 
 A *component* is anything that takes a batch and returns a TensorDict, a dict, a tensor or a tuple of tensors
 (every module of ``ppo_kit``); or, with ``inputs``, a function over the tensors at those keys. ``on`` is where
@@ -13,10 +13,13 @@ from typing import Any
 
 import torch
 from tensordict import TensorDictBase
+from torch import Tensor
 
+from ppo_kit.batch import MASKS, present_key
 from ppo_kit.modules.minibatches import with_counts
 from ppo_kit.testing.component import Component, columns_of, first_difference
 from ppo_kit.testing.search import Batches, fail, search
+from ppo_kit.testing.strategies import batches
 
 GARBAGE = (0.0, math.nan, math.inf, -math.inf, 1e9)
 ZERO_WHERE_MASKED = ("kl", "rewards", "advantages", "returns")
@@ -54,14 +57,14 @@ def check_padding_invariance(
     part = Component(component, inputs)
 
     def test(batch: TensorDictBase) -> None:
-        mask = batch["response_mask"]
+        mask = part.mask(batch)
         expected, expected_grads = part.run(batch), part.gradients(batch)
         for key in ZERO_WHERE_MASKED:
             if key in expected and bool((expected[key] != 0)[~mask].any()):
                 fail(part, batch, f"{key!r} is not 0 in a masked slot")
 
         def leak(garbage: float, only: Any = None) -> tuple[str, str] | None:
-            dirty = _pad(batch, garbage, only)
+            dirty = _pad(batch, mask, garbage, only)
             for what, reference, found in (
                 ("", expected, part.run(dirty)),
                 ("the gradient for ", expected_grads, part.gradients(dirty)),
@@ -69,7 +72,7 @@ def check_padding_invariance(
                 for key, value in reference.items():
                     got, valid = found[key], None
                     if value.shape == mask.shape:
-                        if what and bool((got != 0)[~dirty["response_mask"]].any()):
+                        if what and bool((got != 0)[~part.mask(dirty)].any()):
                             return f"{what}{key!r}", "not 0 where masked"
                         got, valid = got[:, : mask.shape[1]], mask
                     difference = first_difference(got, value, valid, rtol, atol)
@@ -82,7 +85,8 @@ def check_padding_invariance(
             if fault and not garbage:
                 fail(part, batch, f"{fault[0]} depends on the amount of padding; {fault[1]}")
             if fault:
-                keys = part.reads if part.reads is not None else list(batch.keys(True, True))
+                reads = batch.keys(True, True) if part.reads is None else part.reads
+                keys = [present_key(batch, key) for key in reads]
                 culprit = next((key for key in keys if leak(garbage, key)), None)
                 what = garbage if culprit is None or batch[culprit].is_floating_point() else "another id"
                 where = "several inputs" if culprit is None else repr(culprit)
@@ -185,10 +189,73 @@ def check_row_order(
     search(test, on, max_examples)
 
 
-def _pad(batch: TensorDictBase, garbage: float, only: Any) -> TensorDictBase:
+def check_holes(
+    component: Callable[..., Any],
+    *,
+    inputs: Sequence[str] | None = None,
+    on: Batches | None = None,
+    max_examples: int = 50,
+    rtol: float = 1e-4,
+    atol: float = 1e-5,
+) -> None:
+    """A mask with holes gives what the compacted sequence gives, put back in place, or is refused by name.
+
+    The compacted batch holds only the slots of the widest mask that the component reads, moved to the left.
+    Compared are outputs without a token dimension, the valid slots of those with one, and gradients.
+
+    Raises:
+        AssertionError: names the output and the slot. A ``ValueError`` of the component that names the mask
+            is a refusal and passes.
+
+    >>> from ppo_kit.modules import GAE, Whiten
+    >>> check_holes(Whiten())
+    >>> def difference(values, mask):
+    ...     return torch.where(mask, values.diff(dim=1, append=values[:, :1]), 0.0)
+    >>> check_holes(difference, inputs=["values", "action_mask"])
+    Traceback (most recent call last):
+    ...
+    AssertionError: difference: 'output' is not that of the compacted sequence; ...
+    """
+    part = Component(component, inputs)
+
+    def test(batch: TensorDictBase) -> None:
+        mask = part.mask(batch)
+        try:
+            outputs = part.run(batch)
+        except ValueError as error:
+            if any(key in str(error) for key in MASKS):
+                return
+            raise
+        order, compacted = _compact(batch, mask)
+        gradients = part.gradients(batch, order)
+        for what, found, reference in (
+            ("", outputs, part.run(compacted)),
+            ("the gradient for ", gradients, part.gradients(compacted)),
+        ):
+            for key, value in found.items():
+                if value.shape == mask.shape:
+                    value = value.gather(1, order)
+                valid = part.mask(compacted) if value.shape == mask.shape else None
+                difference = first_difference(value, reference[key], valid, rtol, atol)
+                if difference:
+                    fail(part, batch, f"{what}{key!r} is not that of the compacted sequence; {difference}")
+
+    search(test, batches(holes=True) if on is None else on, max_examples)
+
+
+def _compact(batch: TensorDictBase, mask: Tensor) -> tuple[Tensor, TensorDictBase]:
+    """[B,T] which slot each slot comes from; the batch with the slots of ``mask`` moved to the left."""
+    order = torch.sort((~mask).int(), dim=1, stable=True).indices
+    out = batch.exclude(*MASKS)
+    for key in out.keys(True, True):
+        if columns_of(batch, key) == "T" and batch[key].ndim == 2:
+            out.set(key, batch[key].gather(1, order))
+    return order, out.set("response_mask", mask.gather(1, order))
+
+
+def _pad(batch: TensorDictBase, mask: Tensor, garbage: float, only: Any) -> TensorDictBase:
     """One more column of padding, and garbage in every masked slot (of the key ``only``, if given)."""
-    names = {"T": "response_mask", "P": "prompt_mask"}
-    masks = {side: batch[name] for side, name in names.items() if name in batch}
+    masks = {"T": mask} | ({"P": batch["prompt_mask"]} if "prompt_mask" in batch else {})
     out = batch.copy()
     for key in batch.keys(True, True):
         side = columns_of(batch, key)

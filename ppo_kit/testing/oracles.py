@@ -14,6 +14,7 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torch.autograd.gradcheck import GradcheckError
 
+from ppo_kit.batch import present_key
 from ppo_kit.testing.component import Component, first_difference
 from ppo_kit.testing.search import Batches, fail, search
 
@@ -32,7 +33,7 @@ def check_against_loop(
 
     ``loop`` gets the tensors at ``inputs`` (by default the module's ``in_keys``), floating ones in float64,
     and returns one tensor for each output, in order. It need not fill masked slots: [B,T] outputs are
-    compared at valid slots only.
+    compared at valid slots only (of the mask that the component reads).
 
     Raises:
         AssertionError: names the output and the slot, with both numbers.
@@ -52,13 +53,13 @@ def check_against_loop(
         raise ValueError(f"check_against_loop: {part.name} has no in_keys, so it needs inputs")
 
     def test(batch: TensorDictBase) -> None:
-        tensors = [batch[key] for key in part.reads or ()]
+        tensors = [batch[present_key(batch, key)] for key in part.reads or ()]
         reference = loop(*(x.double() if x.is_floating_point() else x for x in tensors))
         reference = reference if isinstance(reference, tuple) else (reference,)
         outputs = part.run(batch)
         if len(outputs) != len(reference):
             fail(part, batch, f"returns {list(outputs)}, the loop {len(reference)} tensor(s)")
-        mask = batch["response_mask"]
+        mask = part.mask(batch)
         for (key, value), expected in zip(outputs.items(), reference, strict=True):
             expected = torch.as_tensor(expected)
             valid = mask if expected.shape == mask.shape else None
@@ -103,7 +104,7 @@ def check_gradients(
         for key, grad in found.items():
             if key not in wrt and bool((grad != 0).any()):
                 fail(part, batch, f"{key!r} gets a gradient, and only {list(wrt)} may")
-        mask = batch["response_mask"]
+        mask = part.mask(batch)
         for key in wrt:
             if key not in found:
                 fail(part, batch, f"no output has a gradient for {key!r}")

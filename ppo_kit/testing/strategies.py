@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 import torch
 from hypothesis import strategies as st
 from tensordict import TensorDict
 from torch import Tensor
 
-from ppo_kit.batch import SCHEMA
+from ppo_kit.batch import MASKS, SCHEMA
+
+LEFT_OUT = ("action_mask", "loss_mask", "abstained")
 
 
 def batches(
@@ -18,9 +21,12 @@ def batches(
     max_prompt: int = 3,
     max_response: int = 5,
     min_length: int = 0,
+    holes: bool = False,
     extra: Mapping[str, str] | None = None,
 ) -> st.SearchStrategy[TensorDict]:
-    """Batches that hold every schema key, ``bootstrap_value`` [B], and the keys of ``extra``.
+    """Batches that hold the schema's keys, ``bootstrap_value`` [B], and the keys of ``extra``.
+
+    ``abstained`` is not among them; ``action_mask`` and ``loss_mask`` are with ``holes``.
 
     Rows, prompt and response lengths shrink towards one row of one token; the numbers come from a seed that
     is drawn, since it is the shape of a batch that tells what went wrong. Log-probabilities are at most 0 and
@@ -28,7 +34,8 @@ def batches(
 
     Args:
         max_rows, max_prompt, max_response: the largest B, P and T.
-        min_length: the shortest response; 0 lets rows be empty, as a dropped response is.
+        min_length: the shortest response; 0 lets rows be empty, as a repeated row of a rank is.
+        holes: write an ``action_mask`` and, within it, a ``loss_mask``, both with random holes.
         extra: dimensions of your own float32 keys, ``{"token_weight": "BT", "difficulty": "B"}``.
 
     >>> from ppo_kit.batch import check_batch
@@ -52,7 +59,12 @@ def batches(
         sizes = {"B": rows, "P": max(prompt), "T": max(max(response) + pad, 1)}
         prompt_mask = (torch.arange(sizes["P"]) < torch.tensor(prompt)[:, None]).flip(1)
         response_mask = torch.arange(sizes["T"]) < torch.tensor(response)[:, None]
-        return _fill(sizes, prompt_mask, response_mask, torch.Generator().manual_seed(seed), extra or {})
+        generator = torch.Generator().manual_seed(seed)
+        filled = _fill(sizes, prompt_mask, response_mask, generator, extra or {})
+        if holes:
+            for wide, narrow in pairwise(MASKS):
+                filled[narrow] = filled[wide] & (torch.rand(response_mask.shape, generator=generator) < 0.7)
+        return filled
 
     return batch()
 
@@ -72,6 +84,8 @@ def _fill(
 
     values: dict[str, Tensor] = {}
     for key, (dims, dtype) in SCHEMA.items():
+        if key in LEFT_OUT:
+            continue
         values[key] = normal(dims) if dtype.is_floating_point else integer(dims, 8)
     log_probs = -0.05 - values["log_probs"].abs()
     values |= {

@@ -46,9 +46,7 @@ def rollout(rows: int = 8, tokens: int = 6, seed: int = 0) -> TensorDict:
     batch["response_mask"] = torch.arange(tokens) < lengths
     batch["score"] = torch.randn(rows, generator=generator)
     batch["row"] = torch.arange(rows)
-    shape = TensorDictSequential(
-        PlaceScore(in_keys=["score", "response_mask"]), KLPenalty(0.1), GAE(), Whiten()
-    )
+    shape = TensorDictSequential(PlaceScore(), KLPenalty(0.1), GAE(), Whiten())
     return shape(batch)
 
 

@@ -60,7 +60,7 @@ def take_steps(
     optimizers = [Optimizer(model, lr=1e-5, steps=9) for model in (policy, critic)]
     losses = Objective(ClippedSurrogate(), SquaredValueLoss())
     scorers = TensorDictSequential(reference, Critic(critic.model, out_keys=["old_values"], **dtype), reward)
-    shape = TensorDictSequential(PlaceScore(in_keys=["score", "response_mask"]), GAE())
+    shape = TensorDictSequential(PlaceScore(), GAE())
     order = torch.Generator().manual_seed(0)
     if counter:  # a view of a weight is no new memory
         for weight in [w for model in (policy, reference, critic, reward) for w in model.parameters()]:
@@ -78,7 +78,7 @@ def take_steps(
 def _step(work, step, policy, critic, scorers, shape, losses, optimizers, order):
     prompts = pad_prompts([[3 + row % 7] * work.prompt_tokens for row in range(work.rollout_size)], 0)
     # No token ends a response: the longest there can be are what is estimated.
-    batch = rollout(policy, prompts, Sampling(work.max_new_tokens), end_ids=(), seeds=step)
+    batch = rollout(policy, prompts, Sampling(work.max_new_tokens), eos_id=-1, seeds=step)
     with torch.no_grad():
         shape(scorers(batch))
     for minibatch in minibatches(batch, work.minibatch_size, generator=order):

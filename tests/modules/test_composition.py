@@ -153,13 +153,19 @@ def test_diagnostics_carry_no_gradient():
     assert [key for key, value in out.items() if value.requires_grad] == ["loss_policy"]
 
     class Careless(BatchLoss):
-        IN, OUT = ("log_probs", "response_mask"), ("loss_mine", "mean")
+        IN, OUT = ("log_probs", "loss_mask"), ("loss_mine", "mean")
 
         def compute(self, log_probs, mask):
             return log_probs, log_probs
 
     out = Careless()(batch)
     assert [key for key, value in out.items() if value.requires_grad] == ["loss_mine"]
+
+    class Maskless(BatchLoss):
+        IN, OUT = ("log_probs", "response_mask"), ("loss_mine",)
+
+    with pytest.raises(ValueError, match=r"Maskless: IN is .*, needs 'loss_mask'"):
+        Maskless()
 
 
 def test_clip_fraction_counts_where_the_gradient_stops():

@@ -93,7 +93,7 @@ def test_sizes_are_checked(bad):
         list(minibatches(rows(2), generator=seeded(), **bad))
     with pytest.raises(ValueError, match="micro_batches: size got 0"):
         list(micro_batches(rows(2), 0))
-    with pytest.raises(KeyError, match="with_counts needs 'response_mask'"):
+    with pytest.raises(KeyError, match="with_counts needs 'loss_mask' or 'action_mask' or 'response_mask'"):
         with_counts(rows(2).exclude("response_mask"))
 
 

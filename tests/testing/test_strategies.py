@@ -8,12 +8,14 @@ from hypothesis import find, given, settings
 
 from ppo_kit.batch import SCHEMA, check_batch
 from ppo_kit.testing import batches
+from ppo_kit.testing.strategies import LEFT_OUT
 
 
 @settings(deadline=None, max_examples=60)
 @given(batches(extra={"token_weight": "BT", "difficulty": "B"}))
 def test_batches_follow_the_schema(batch):
-    check_batch(batch, require=tuple(SCHEMA))
+    check_batch(batch, require=tuple(key for key in SCHEMA if key not in LEFT_OUT))
+    assert not [key for key in LEFT_OUT if key in batch]
     mask = batch["response_mask"]
     assert batch["difficulty"].shape == batch.batch_size
     for key in ("token_weight", "rewards", "log_probs", "values"):
@@ -22,6 +24,13 @@ def test_batches_follow_the_schema(batch):
     for key in ("log_probs", "old_log_probs", "ref_log_probs"):
         assert bool((batch[key] <= 0).all())
     assert bool((batch["entropy"] >= 0).all())
+
+
+@settings(deadline=None, max_examples=30)
+@given(batches(holes=True))
+def test_holes_are_subsets(batch):
+    check_batch(batch, require=("action_mask", "loss_mask"))
+    assert batch["rewards"][~batch["response_mask"]].eq(0).all()
 
 
 @pytest.mark.parametrize(
