@@ -126,7 +126,7 @@ class Task:
         seeds = [row_seed(self.settings.seed, step, row) for row in mine]
         starts = ranks.share(starts).to(self.engine.device)
         with self.engine.generating(self.policy):
-            return rollout(self.policy, starts, self.sampling, eos_id=self.end_id, seeds=seeds)
+            return rollout(self.policy, starts, self.sampling, end_ids={self.end_id}, seeds=seeds)
 
 
 def load_task(settings: PPOSettings, engine: Engine | None = None, *, policy: str, reward: str) -> Task:

@@ -38,13 +38,14 @@ def run_recipe(main: Callable[[Any], int], arguments: Sequence[str] | None = Non
     file = Path(script.get("__file__", "recipe.py"))
     with one_line(debug="--debug" in given) as outcome:
         settings: Any = parse_settings(
-            _settings_class(main), given, file=file, description=script.get("__doc__") or ""
+            settings_class(main), given, file=file, description=script.get("__doc__") or ""
         )
         outcome.status = main(settings) or 0
     return outcome.status
 
 
-def _settings_class(main: Callable[[Any], int]) -> type:
+def settings_class(main: Callable[[Any], int]) -> type:
+    """The dataclass that annotates the first argument of a recipe's ``main``."""
     hints = {name: hint for name, hint in get_type_hints(main).items() if name != "return"}
     kind = next(iter(hints.values()), None)
     if not hasattr(kind, "__dataclass_fields__"):

@@ -75,7 +75,9 @@ def fit(value: Any, hint: Any) -> Any:
         return value
     if origin in (Union, types.UnionType):
         return _fit_one_of(value, inner)
-    if origin in (list, tuple, set) and isinstance(value, list):
+    if origin in (list, tuple, set):
+        # As on the command line, one value is a list of one.
+        value = value if isinstance(value, list) else [value]
         every = inner if origin is tuple and inner[-1] is not ... else inner[:1] * len(value)
         if len(every) == len(value):
             return origin(fit(each, its) for each, its in zip(value, every, strict=True))

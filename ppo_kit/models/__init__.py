@@ -12,7 +12,7 @@ from ppo_kit.models.load import (
 from ppo_kit.models.lora import LoRA
 from ppo_kit.models.policy import Policy, Reference
 from ppo_kit.models.scoring import Bootstrap, Critic, RewardModel
-from ppo_kit.models.vocabulary import check_embeddings, check_same_vocabulary
+from ppo_kit.models.vocabulary import check_embeddings, check_same_vocabulary, ids_with_token
 
 __all__ = [
     "Bootstrap",
@@ -26,6 +26,7 @@ __all__ = [
     "check_embeddings",
     "check_same_vocabulary",
     "freeze_below",
+    "ids_with_token",
     "load_causal_lm",
     "load_scalar_model",
     "load_tokenizer",

@@ -67,6 +67,9 @@ class Policy(ModelModule):
         model: any ``AutoModelForCausalLM``.
         temperature: τ, the one that responses are sampled at.
         entropy_grad: let gradients through ``entropy`` (an entropy bonus needs it; it costs memory).
+        valid_ids: [N] bool, which ids have a token, as ``ids_with_token(tokenizer)`` gives them. The others
+            (rows of the embedding beyond the vocabulary) have probability 0 where responses are sampled and
+            where they are scored; policy and reference take the same. None: every row of the head is a token.
         dtype: what the model computes in (``torch.autocast``). With bfloat16 the weights, their gradients and
             the optimizer's states stay float32, log-softmax too; sampling has to use the same.
 
@@ -77,6 +80,7 @@ class Policy(ModelModule):
 
     IN = ("prompt_ids", "prompt_mask", "response_ids", "response_mask")
     OUT: ClassVar[Sequence[NestedKey]] = ("log_probs", "entropy")
+    valid_ids: Tensor | None
 
     def __init__(
         self,
@@ -84,16 +88,28 @@ class Policy(ModelModule):
         *,
         temperature: float = 1.0,
         entropy_grad: bool = False,
+        valid_ids: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(model, dtype=dtype)
         if not temperature > 0:
             raise ValueError(f"temperature: got {temperature}, needs a number above 0")
+        if valid_ids is not None and (valid_ids.dtype != torch.bool or valid_ids.ndim != 1):
+            raise ValueError(f"valid_ids: got {valid_ids.dtype} {list(valid_ids.shape)}, needs a bool [N]")
         self.temperature = temperature
         self.entropy_grad = entropy_grad
+        self.register_buffer("valid_ids", valid_ids, persistent=False)
+
+    def scaled(self, logits: Tensor) -> Tensor:
+        """The float32 logits that tokens are drawn from and scored by: over τ, -inf where no token is."""
+        scaled = logits.float() / self.temperature
+        if self.valid_ids is None:
+            return scaled
+        valid = nn.functional.pad(self.valid_ids, (0, logits.shape[-1] - len(self.valid_ids)))
+        return scaled.masked_fill_(~valid.to(logits.device), -torch.inf)
 
     def logits(self, *inputs: Tensor) -> Tensor:
-        """Float32 logits over τ of the states before each response token, [B,T,V]."""
+        """``scaled`` logits of the states before each response token, [B,T,V]."""
         ids, mask, positions = join(*inputs)
         width = inputs[2].shape[1]
         with self.autocast():
@@ -104,7 +120,7 @@ class Policy(ModelModule):
                 logits_to_keep=width + 1,
                 use_cache=False,
             ).logits[:, :-1]
-        return logits.float() / self.temperature
+        return self.scaled(logits)
 
     def compute(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         response_ids, response_mask = inputs[2:]
@@ -121,9 +137,14 @@ class Reference(Policy):
     OUT = ("ref_log_probs",)
 
     def __init__(
-        self, model: PreTrainedModel, *, temperature: float = 1.0, dtype: torch.dtype = torch.float32
+        self,
+        model: PreTrainedModel,
+        *,
+        temperature: float = 1.0,
+        valid_ids: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__(model, temperature=temperature, dtype=dtype)
+        super().__init__(model, temperature=temperature, valid_ids=valid_ids, dtype=dtype)
         model.requires_grad_(False)
 
     @torch.no_grad()

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     """The largest id of the tokenizer, added tokens included, plus one: the rows a model needs."""
     return max(tokenizer.get_vocab().values()) + 1
+
+
+def ids_with_token(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """[N] bool: which ids below :func:`vocabulary_size` are a token of the tokenizer.
+
+    The rows of a model beyond them, and ids that the tokenizer leaves out, are no text: ``Policy`` takes this
+    as ``valid_ids`` and never samples them.
+    """
+    valid = torch.zeros(vocabulary_size(tokenizer), dtype=torch.bool)
+    valid[list(tokenizer.get_vocab().values())] = True
+    return valid
 
 
 def check_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:

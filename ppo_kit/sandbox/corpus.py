@@ -80,7 +80,7 @@ def sandbox_pairs(
                 policy,
                 starts,
                 Sampling(MAX_NEW_TOKENS),
-                eos_id=tokenizer.eos_token_id,
+                end_ids={tokenizer.eos_token_id},
                 seeds=row_seed(seed, size, drawn),
             )
         )

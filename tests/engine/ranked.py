@@ -119,7 +119,7 @@ def other_weights(job: dict[str, Any]) -> float:
         for weight in plain.parameters():
             weight.mul_(1.5)
     engine.load_state_dict(task.policy, plain.state_dict())
-    batch = rollout(plain, prompts, Sampling(6), eos_id=-1, seeds=[7])
+    batch = rollout(plain, prompts, Sampling(6), end_ids=(), seeds=[7])
     with torch.no_grad():
         found = [policy(batch.clone())["log_probs"] for policy in (task.policy, plain)]
     return float((found[0] - found[1]).abs().max() + (found[1] - batch["old_log_probs"]).abs().max())
@@ -131,10 +131,10 @@ def lengths(job: dict[str, Any]) -> tuple[list[int], int]:
     """
     _, task, prompts = started(job)
     seeds = [[7, 8][ranks.rank()]]
-    first = rollout(task.policy, prompts, Sampling(1), eos_id=-1, seeds=seeds)["response_ids"][0, 0].item()
+    first = rollout(task.policy, prompts, Sampling(1), end_ids=(), seeds=seeds)["response_ids"][0, 0].item()
     end = ranks.first_of(first if ranks.is_main() else None)
     assert end is not None
-    batch = rollout(task.policy, prompts, Sampling(6), eos_id=int(end), seeds=seeds)
+    batch = rollout(task.policy, prompts, Sampling(6), end_ids={int(end)}, seeds=seeds)
     own = torch.zeros(ranks.world_size(), dtype=torch.int64)
     own[ranks.rank()] = batch["response_mask"].sum()
     frozen = [weight for module in (task.reference, *task.rewards) for weight in module.parameters()]

@@ -78,7 +78,7 @@ def take_steps(
 def _step(work, step, policy, critic, scorers, shape, losses, optimizers, order):
     prompts = pad_prompts([[3 + row % 7] * work.prompt_tokens for row in range(work.rollout_size)], 0)
     # No token ends a response: the longest there can be are what is estimated.
-    batch = rollout(policy, prompts, Sampling(work.max_new_tokens), eos_id=-1, seeds=step)
+    batch = rollout(policy, prompts, Sampling(work.max_new_tokens), end_ids=(), seeds=step)
     with torch.no_grad():
         shape(scorers(batch))
     for minibatch in minibatches(batch, work.minibatch_size, generator=order):

@@ -57,7 +57,7 @@ def test_sampling_computes_as_scoring_does(family, tiny_model):
     prompts = pad_prompts(PROMPTS, 0)
     for dtype in (torch.float32, BF16):
         policy = Policy(tiny_model(family), dtype=dtype)
-        batch = policy(rollout(policy, prompts, Sampling(8), eos_id=1, seeds=0))
+        batch = policy(rollout(policy, prompts, Sampling(8), end_ids={1}, seeds=0))
         drift = (batch["log_probs"] - batch["old_log_probs"]).abs().max().item()
         exact = Policy(policy.model)(batch.clone())["log_probs"]
         assert drift < (1e-4 if dtype == torch.float32 else 0.1)
@@ -113,7 +113,7 @@ def test_a_response_keeps_its_end_whatever_the_pad_token(tmp_path, tiny_model, p
     assert answered.answer_ids == [4, 1]
     policy = Policy(tiny_model("llama"))
     batch = rollout(
-        policy, pad_prompts([[2], [2, 3]], tokenizer.pad_token_id), Sampling(12), eos_id=1, seeds=3
+        policy, pad_prompts([[2], [2, 3]], tokenizer.pad_token_id), Sampling(12), end_ids={1}, seeds=3
     )
     ended = ~batch["truncated"]
     assert ended.any()

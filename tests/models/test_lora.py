@@ -132,10 +132,10 @@ def test_sampling_uses_the_adapter(tiny_model):
     for parameter in policy.parameters():
         parameter.data += 0.1
     prompts = pad_prompts(PROMPTS, 0)
-    one = policy(rollout(policy, prompts, Sampling(8), eos_id=1, seeds=0))
+    one = policy(rollout(policy, prompts, Sampling(8), end_ids={1}, seeds=0))
     assert (one["log_probs"] - one["old_log_probs"]).abs().max() < 1e-5
     critic(one)
-    two = rollout(policy, prompts, Sampling(8), eos_id=1, seeds=0)
+    two = rollout(policy, prompts, Sampling(8), end_ids={1}, seeds=0)
     assert torch.equal(one["old_log_probs"], two["old_log_probs"])
 
 

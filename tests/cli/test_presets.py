@@ -1,0 +1,51 @@
+"""The presets that come with recipes, read through the recipes' own classes."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ppo_kit.cli.recipe import settings_class
+from ppo_kit.cli.recipes import preset, recipes, recipes_folder
+from ppo_kit.cli.settings_file import read_settings
+
+ROOT = Path(__file__).parents[2]
+PRESETS = sorted((recipes_folder() / "presets").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", PRESETS, ids=lambda path: path.stem)
+def test_a_preset_is_one_of_its_recipe_and_changes_its_settings(file, load):
+    recipe, _, name = file.stem.partition("-")
+    assert preset(recipes()[recipe], name) == file
+    kind = settings_class(load(recipes()[recipe]).main)
+    values = read_settings(file, kind)
+    assert dataclasses.asdict(kind(**values)) != dataclasses.asdict(kind())
+
+
+def test_the_presets_of_ppo_max_are_those_of_the_page(load):
+    files = {
+        name: yaml.safe_load((recipes_folder() / "presets" / f"ppo_max-{name}.yaml").read_text())
+        for name in ("report", "released-script")
+    }
+    kind = settings_class(load(recipes()["ppo_max"]).main)
+    files["default"] = {field.name: field.default for field in dataclasses.fields(kind)}
+    page = (ROOT / "docs" / "ppo_max.md").read_text()
+    table = page[page.index("| setting |") :].split("\n\n")[0].splitlines()
+    columns = [cell.strip(" `") for cell in table[0].strip("|").split("|")][1:]
+    assert columns == ["default", "report", "released-script"]
+    shown: dict[str, dict[str, Any]] = {name: {} for name in columns}
+    for line in table[2:]:
+        setting, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        for name, cell in zip(columns, cells, strict=True):
+            if cell:
+                value = float(cell) if re.match(r"[\d.]", cell) else cell
+                shown[name][setting.strip("`")] = value
+    assert shown["report"] == files["report"]
+    assert shown["released-script"] == files["released-script"]
+    assert shown["default"].items() <= files["default"].items()
+    assert shown["default"].keys() == files["report"].keys() | files["released-script"].keys()
