@@ -26,9 +26,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path("ppo_kit", "functional")
 TESTS = {
-    "advantages": ("advantages", "baselines"),
     "checks": ("policy", "advantages"),
     "entropy": ("entropy", "policy"),
+    "sequence_policy": ("policy",),
 }
 SECONDS_PER_MUTANT = 60  # some mutants loop forever
 

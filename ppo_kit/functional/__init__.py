@@ -4,16 +4,9 @@ Shapes are [B,T] for responses (right-padded) and [B] for one number a response;
 valid.
 """
 
-from ppo_kit.functional.advantages import (
-    discounted_returns,
-    gae,
-    greedy_baseline,
-    group_normalize,
-    leave_one_out,
-    length_adaptive_lambda,
-    optimal_baseline,
-)
+from ppo_kit.functional.advantages import discounted_returns, gae, length_adaptive_lambda
 from ppo_kit.functional.aggregate import constant_mean, sequence_mean, token_mean
+from ppo_kit.functional.baselines import greedy_baseline, group_normalize, leave_one_out, optimal_baseline
 from ppo_kit.functional.entropy import entropy_loss, kl_cov, token_covariance
 from ppo_kit.functional.kl import kl_estimate, kl_exact
 from ppo_kit.functional.logprobs import (
@@ -27,15 +20,14 @@ from ppo_kit.functional.moments import Moments, merge_moments, moments_of
 from ppo_kit.functional.policy import (
     cispo,
     clipped_surrogate,
-    gmpo,
     importance_sampling,
     kl_penalized_surrogate,
     policy_gradient,
-    sequence_clipped_surrogate,
     truncated_importance_weights,
 )
 from ppo_kit.functional.preference import pairwise_loss, reward_model_loss
 from ppo_kit.functional.rewards import length_penalty, missing_end_penalty, overlong_penalty, place_score
+from ppo_kit.functional.sequence_policy import gmpo, sequence_clipped_surrogate
 from ppo_kit.functional.value import clipped_value_loss, huber_value_loss, squared_value_loss
 
 __all__ = [

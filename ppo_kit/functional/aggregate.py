@@ -2,15 +2,16 @@
 
 Pass the denominator of the whole optimizer step, over all micro-batches and ranks, and the results of its
 micro-batches *add up* to the loss of the step however it is split. (DDP averages gradients over ranks:
-multiply by the number of ranks.) The defaults count what is in this call. Masked slots are selected away
-before the sum; see ``zero_masked`` for what the loss before it has to do.
+multiply by the number of ranks.) The defaults count what is in this call. Masked slots, at the end or
+between, are selected away before the sum; see ``zero_masked`` for what the loss before it has to do. Sums are
+taken in float64 and returned in float32 (float64 for a float64 loss).
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from ppo_kit.functional.checks import check_dims, check_floats, check_mask, check_range
+from ppo_kit.functional.checks import check_dims, check_floats, check_mask, in_range
 from ppo_kit.functional.masked import masked_mean, masked_sum
 
 
@@ -82,7 +83,7 @@ def constant_mean(
     tensor(2.2500)
     """
     _check(loss, mask)
-    check_range("length", length, above=True)
+    in_range("length", length, above=True)
     return masked_sum(loss, mask) / (length * _denominator("num_sequences", num_sequences, mask.any(1)))
 
 
@@ -96,5 +97,5 @@ def _denominator(name: str, given: float | Tensor | None, counted: Tensor) -> fl
     if given is None:
         return counted.sum().clamp(min=1)
     if not isinstance(given, Tensor):  # the value of a tensor is the device's to know
-        check_range(name, given, above=True)
+        in_range(name, given, above=True)
     return given

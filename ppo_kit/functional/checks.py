@@ -1,12 +1,13 @@
 """Argument checks of the functional layer: each error names the argument, what it got and what it needs.
 
 Only what the host already knows (shape, dtype, Python numbers) is checked, so a check never waits for the
-GPU.
+GPU. The one exception is a λ per token, which ``gae`` looks into.
 """
 
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -46,10 +47,40 @@ def check_ids(name: str, ids: Tensor, shape: torch.Size) -> None:
         raise ValueError(f"{name}: got shape {list(ids.shape)}, needs {list(shape)}")
 
 
-def check_range(
-    name: str, value: float, low: float = 0.0, high: float = math.inf, *, above: bool = False
-) -> None:
-    """Raise unless ``low <= value <= high`` (``low < value`` with ``above``); NaN is in no range."""
-    if not (low < value if above else low <= value) or not value <= high:
-        interval = f"{'(' if above else '['}{low:g}, {high:g}{')' if math.isinf(high) else ']'}"
-        raise ValueError(f"{name}: got {value}, needs a number in {interval}")
+def in_range(
+    name: str,
+    value: object,
+    low: float = 0.0,
+    high: float = math.inf,
+    *,
+    above: bool = False,
+    infinite: bool = False,
+    whole: bool = False,
+    owner: object = None,
+) -> float:
+    """``value`` if it is a number in [low, high], else a ``ValueError`` that names it.
+
+    NaN is in no range. None, a string, a boolean and a tensor are no numbers.
+
+    Args:
+        above: ``low`` itself is refused. infinite: infinity is allowed, where ``high`` is infinite.
+        whole: only integers. owner: the module whose setting it is; the message then starts with its class.
+
+    >>> in_range("gamma", 0.9, 0.0, 1.0)
+    0.9
+    >>> in_range("cap", None, above=True)
+    Traceback (most recent call last):
+    ...
+    ValueError: cap: got None, needs a number in (0, inf)
+    """
+    fits = False
+    if isinstance(value, (int, float, Real)) and not isinstance(value, bool):
+        number = float(value)
+        fits = (low < number if above else low <= number) and number <= high
+        fits = fits and (infinite or math.isfinite(number)) and (not whole or number.is_integer())
+    if not fits:
+        interval = f"{'(' if above else '['}{low:g}, {high:g}{']' if infinite or high < math.inf else ')'}"
+        label = f"{name}:" if owner is None else f"{type(owner).__name__}: {name}"
+        kind = "an integer" if whole else "a number"
+        raise ValueError(f"{label} got {value!r}, needs {kind} in {interval}")
+    return value  # type: ignore[return-value]

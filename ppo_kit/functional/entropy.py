@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ppo_kit.functional.checks import check_dims, check_floats, check_mask, check_range
-from ppo_kit.functional.masked import masked_mean, zero_masked
+from ppo_kit.functional.checks import check_dims, check_floats, check_mask, in_range
+from ppo_kit.functional.masked import at_least_float32, masked_mean, zero_masked
 from ppo_kit.functional.policy import importance_sampling
 
 
@@ -24,9 +24,9 @@ def entropy_loss(entropy: Tensor, *, target: float | None = None) -> Tensor:
     Args:
         entropy: [B,T] nats, with its gradient. target: nats, at least 0; None for the plain bonus.
     Returns:
-        [B,T] nats.
+        [B,T] nats, float32 (float64 where given).
     Raises:
-        ValueError: ``entropy`` is not floating point or ``target`` is negative.
+        ValueError: ``entropy`` is not floating point, or ``target`` is negative or no number.
 
     >>> entropy_loss(torch.tensor([[1.0, 3.0]]))
     tensor([[-1., -3.]])
@@ -34,9 +34,10 @@ def entropy_loss(entropy: Tensor, *, target: float | None = None) -> Tensor:
     tensor([[0.5000, 1.5000]])
     """
     check_floats(entropy=entropy)
+    entropy = at_least_float32(entropy)
     if target is None:
         return -entropy
-    check_range("target", target)
+    in_range("target", target)
     return (entropy - target).abs()
 
 
@@ -49,7 +50,7 @@ def token_covariance(log_probs: Tensor, advantages: Tensor, mask: Tensor) -> Ten
     Args:
         log_probs: [B,T] nats. advantages: [B,T]. mask: [B,T] bool.
     Returns:
-        [B,T], 0 where masked.
+        [B,T] float32 (float64 where given), 0 where masked.
     Raises:
         ValueError: a wrong shape or dtype.
 
@@ -60,8 +61,9 @@ def token_covariance(log_probs: Tensor, advantages: Tensor, mask: Tensor) -> Ten
     check_floats(log_probs=log_probs, advantages=advantages)
     check_dims("log_probs", log_probs, "BT")
     check_mask(mask, log_probs, "log_probs")
-    centred = (x.detach() - masked_mean(x.detach(), mask) for x in (log_probs, advantages))
-    return zero_masked(torch.mul(*centred), mask)
+    dtype = torch.promote_types(at_least_float32(log_probs).dtype, at_least_float32(advantages).dtype)
+    wide = [x.detach().double() for x in (log_probs, advantages)]
+    return zero_masked(torch.mul(*(x - masked_mean(x, mask) for x in wide)), mask).to(dtype)
 
 
 def kl_cov(
@@ -83,7 +85,7 @@ def kl_cov(
         log_probs, old_log_probs: [B,T] nats. advantages: [B,T]. mask: [B,T] bool.
         fraction: in (0,1]. beta: at least 0.
     Returns:
-        [B,T], 0 where masked.
+        [B,T] float32 (float64 where given), 0 where masked. ρ overflows as in ``importance_sampling``.
     Raises:
         ValueError: a wrong shape or dtype, or a number out of its range.
 
@@ -92,8 +94,8 @@ def kl_cov(
     >>> kl_cov(log_probs, old, torch.tensor([[2.0, 0.0, 1.0]]), mask, beta=10.0)  # 10 · 0.5 on the first
     tensor([[ 1.7026,  0.0000, -1.0000]])
     """
-    check_range("fraction", fraction, 0.0, 1.0, above=True)
-    check_range("beta", beta)
+    in_range("fraction", fraction, 0.0, 1.0, above=True)
+    in_range("beta", beta)
     check_floats(log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages)
     covariance = token_covariance(log_probs, advantages, mask)
     log_probs, old_log_probs = zero_masked(log_probs, mask), zero_masked(old_log_probs.detach(), mask)
@@ -101,5 +103,8 @@ def kl_cov(
     order = covariance.masked_fill(~mask, -torch.inf).flatten().argsort(descending=True, stable=True)
     rank = order.argsort().view_as(mask)
     selected = mask & (rank < (fraction * mask.sum()).floor().clamp(min=1))
-    penalty = zero_masked((log_probs - old_log_probs).abs(), selected)
-    return importance_sampling(log_probs, old_log_probs, zero_masked(advantages, mask)) + beta * penalty
+    loss = importance_sampling(log_probs, old_log_probs, zero_masked(advantages, mask))
+    if beta == 0:
+        return loss
+    log_ratio = at_least_float32(log_probs) - at_least_float32(old_log_probs)
+    return loss + beta * zero_masked(log_ratio, selected).abs()

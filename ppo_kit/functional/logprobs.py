@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ppo_kit.functional.checks import check_floats, check_ids, check_range
+from ppo_kit.functional.checks import check_floats, check_ids, in_range
 from ppo_kit.functional.masked import at_least_float32, zero_masked
 
 
@@ -64,8 +64,9 @@ def linear_token_log_probs(
     """``token_log_probs(hidden @ weight.T / temperature, ids)`` that never holds [B,T,V].
 
     Logits are made for ``chunk_size`` tokens at a time and made again in the backward pass: its memory is
-    chunk_size·V instead of B·T·V, for one more product with the output matrix. MOSS-RLHF and TRL's PPO hold
-    all logits.
+    chunk_size·V instead of B·T·V, for one more product with the output matrix. That product is in the dtype
+    of ``hidden``, as in the model itself, all else in float32 at least. MOSS-RLHF and TRL's PPO hold all
+    logits.
 
     Args:
         hidden: [...,H]. weight: [V,H], the output matrix, same dtype. ids: [...] int64 in [0,V).
@@ -111,8 +112,8 @@ def _linear_chunks(
             f"weight: got {weight.dtype} {list(weight.shape)}, needs {hidden.dtype} [V,{hidden.shape[-1]}]"
         )
     check_ids("ids", ids, hidden.shape[:-1])
-    check_range("temperature", temperature, above=True)
-    check_range("chunk_size", chunk_size, 1)
+    in_range("temperature", temperature, above=True)
+    in_range("chunk_size", chunk_size, 1, whole=True)
 
     def one_chunk(hidden: Tensor, weight: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
         logits = at_least_float32(hidden @ weight.T) / temperature

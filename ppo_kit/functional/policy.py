@@ -1,9 +1,13 @@
 """Policy losses: one number per token, to be minimized, not masked and not reduced.
 
 Advantages and old log-probabilities are constants: no gradient flows into them. These functions take no mask
-(except where a sequence is averaged): pass inputs through ``zero_masked`` first and aggregate with the mask
+(those of ``sequence_policy`` do): pass inputs through ``zero_masked`` first and aggregate with the mask
 after, or NaN in a masked slot reaches the gradient. At log π = log π_old each has the gradient of
-``policy_gradient``.
+``policy_gradient``. Results are float32 (float64 where given), whatever narrower dtype comes in.
+
+A ratio above e^88 does not fit float32. Where a clip drops the token, its overflow is dropped as well: the
+gradient is 0. So it is where A = 0: loss and gradient are 0. Where the ratio counts (no clip, or A < 0
+without a dual clip), loss and gradient are infinite, which a run reports as a fault; a dual clip bounds them.
 """
 
 from __future__ import annotations
@@ -11,8 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ppo_kit.functional.checks import check_dims, check_floats, check_mask, check_range
-from ppo_kit.functional.masked import masked_mean, zero_masked
+from ppo_kit.functional.checks import check_floats, in_range
+from ppo_kit.functional.masked import at_least_float32
 
 
 def policy_gradient(log_probs: Tensor, advantages: Tensor) -> Tensor:
@@ -32,7 +36,8 @@ def policy_gradient(log_probs: Tensor, advantages: Tensor) -> Tensor:
     tensor([[1.]])
     """
     check_floats(log_probs=log_probs, advantages=advantages)
-    return -advantages.detach() * log_probs
+    log_probs, advantages = at_least_float32(log_probs), at_least_float32(advantages.detach())
+    return _times(-advantages, log_probs)
 
 
 def importance_sampling(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor) -> Tensor:
@@ -40,7 +45,7 @@ def importance_sampling(log_probs: Tensor, old_log_probs: Tensor, advantages: Te
 
     Schulman et al. 2017 (arXiv 1707.06347), (6); report, Figure 5 (importance sampling). The report's
     infinite buffer is this with the reference model's log-probabilities in place of the old ones. MOSS-RLHF
-    and TRL's PPO clip.
+    and TRL's PPO clip. Infinite for a log-ratio above 88 in float32, unless A = 0.
 
     Args:
         log_probs, old_log_probs: [B,T] nats. advantages: [B,T].
@@ -54,7 +59,9 @@ def importance_sampling(log_probs: Tensor, old_log_probs: Tensor, advantages: Te
     tensor([[-2.4000]])
     """
     check_floats(log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages)
-    return -torch.exp(log_probs - old_log_probs.detach()) * advantages.detach()
+    log_ratio, advantages = log_ratio_of(log_probs, old_log_probs), at_least_float32(advantages.detach())
+    ratio = log_ratio.detach().exp()
+    return surrogate(log_ratio, ratio, advantages, counts=torch.ones_like(ratio, dtype=torch.bool))
 
 
 def clipped_surrogate(
@@ -71,7 +78,8 @@ def clipped_surrogate(
     Schulman et al. 2017 (arXiv 1707.06347), (7); report (15). ``clip_high > clip_low`` is DAPO's clip-higher
     (Yu et al. 2025, arXiv 2503.14476, (10)). ``dual_clip`` = c bounds the loss of negative advantages by
     -c·A_t (Ye et al. 2020, arXiv 1912.09729, dual-clip PPO). MOSS-RLHF and TRL's PPO clip symmetrically and
-    have no dual clip; TRL's GRPO bounds the ratio instead (its ``delta``).
+    have no dual clip; TRL's GRPO bounds the ratio instead (its ``delta``). Infinite for A < 0 and a log-ratio
+    above 88 in float32, unless there is a dual clip.
 
     Args:
         log_probs, old_log_probs: [B,T] nats. advantages: [B,T].
@@ -88,14 +96,11 @@ def clipped_surrogate(
     tensor([[-1.2000,  1.5000]])
     """
     check_floats(log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages)
-    _check_clip(clip_low, clip_high)
-    ratio = torch.exp(log_probs - old_log_probs.detach())
-    loss = _pessimistic(ratio, advantages.detach(), clip_low, clip_high)
-    if dual_clip is None:
-        return loss
-    check_range("dual_clip", dual_clip, 1.0, above=True)
-    bound = -dual_clip * advantages.detach()
-    return torch.where(advantages < 0, torch.minimum(loss, bound), loss)
+    check_clip(clip_low, clip_high)
+    if dual_clip is not None:
+        in_range("dual_clip", dual_clip, 1.0, above=True, infinite=True)
+    log_ratio, advantages = log_ratio_of(log_probs, old_log_probs), at_least_float32(advantages.detach())
+    return pessimistic(log_ratio, advantages, clip_low, clip_high, dual_clip)
 
 
 def kl_penalized_surrogate(
@@ -118,82 +123,9 @@ def kl_penalized_surrogate(
     tensor([[-1.9500]])
     """
     check_floats(log_probs=log_probs, kl=kl)
-    check_range("beta", beta)
-    return importance_sampling(log_probs, old_log_probs, advantages) + beta * kl
-
-
-def sequence_clipped_surrogate(
-    log_probs: Tensor,
-    old_log_probs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    *,
-    clip_low: float,
-    clip_high: float,
-) -> Tensor:
-    """-min(s_t·A_t, clip(s_t, 1 - clip_low, 1 + clip_high)·A_t) with the ratio of the whole response (GSPO).
-
-    s = exp(mean over valid t of log π(y_t) - log π_old(y_t)), the same number for every token; the gradient
-    of s_t = sg[s]·π(y_t)/sg[π(y_t)] reaches token t only. Zheng et al. 2025 (arXiv 2507.18071), (13), (14);
-    where a response has one advantage and ``sequence_mean`` aggregates, value and gradient are those of their
-    (5). The authors clip at 3e-4 and 4e-4. TRL has it; MOSS-RLHF does not.
-
-    Args:
-        log_probs, old_log_probs: [B,T] nats. advantages: [B,T]. mask: [B,T] bool.
-        clip_low: in [0,1]. clip_high: at least 0.
-    Returns:
-        [B,T], 0 where masked.
-    Raises:
-        ValueError: a wrong shape or dtype, or a bound out of its range.
-
-    >>> old, mask = torch.zeros(1, 3), torch.tensor([[True, True, False]])
-    >>> sequence_clipped_surrogate(
-    ...     torch.tensor([[0.2, 0.4, 9.0]]), old, torch.ones(1, 3), mask, clip_low=0.5, clip_high=0.5
-    ... )
-    tensor([[-1.3499, -1.3499, -0.0000]])
-    """
-    log_probs, old_log_probs, advantages = _valid_tokens(log_probs, old_log_probs, advantages, mask)
-    _check_clip(clip_low, clip_high)
-    ratio = torch.exp(_mean_with_own_gradient(log_probs - old_log_probs, mask))
-    return _pessimistic(ratio, advantages, clip_low, clip_high)
-
-
-def gmpo(
-    log_probs: Tensor,
-    old_log_probs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    *,
-    log_clip_low: float = 0.4,
-    log_clip_high: float = 0.4,
-) -> Tensor:
-    """-A_t·exp(mean over valid t of ℓ_t): the geometric mean of token ratios, each clipped first (GMPO).
-
-    ℓ_t = min(log ρ_t, log_clip_high) where A_t > 0 and max(log ρ_t, -log_clip_low) elsewhere. Zhao et al.
-    2025 (arXiv 2507.20673), whose bounds (e^-0.4, e^0.4) are the defaults. Laid out per token as in
-    :func:`sequence_clipped_surrogate`: aggregate with ``sequence_mean``. TRL's experimental trainer clips the
-    same way; MOSS-RLHF does not have it.
-
-    Args:
-        log_probs, old_log_probs: [B,T] nats. advantages: [B,T]. mask: [B,T] bool.
-        log_clip_low, log_clip_high: nats, at least 0.
-    Returns:
-        [B,T], 0 where masked.
-    Raises:
-        ValueError: a wrong shape or dtype, or a bound out of its range.
-
-    >>> old, mask = torch.zeros(1, 3), torch.tensor([[True, True, False]])
-    >>> gmpo(torch.tensor([[0.2, 0.9, 9.0]]), old, torch.ones(1, 3), mask)  # exp((0.2 + 0.4) / 2)
-    tensor([[-1.3499, -1.3499, -0.0000]])
-    """
-    log_probs, old_log_probs, advantages = _valid_tokens(log_probs, old_log_probs, advantages, mask)
-    check_range("log_clip_low", log_clip_low)
-    check_range("log_clip_high", log_clip_high)
-    log_ratio = log_probs - old_log_probs
-    clipped = torch.where(
-        advantages > 0, log_ratio.clamp(max=log_clip_high), log_ratio.clamp(min=-log_clip_low)
-    )
-    return -torch.exp(_mean_with_own_gradient(clipped, mask)) * advantages
+    in_range("beta", beta)
+    loss = importance_sampling(log_probs, old_log_probs, advantages)
+    return loss if beta == 0 else loss + beta * at_least_float32(kl)
 
 
 def cispo(
@@ -217,9 +149,10 @@ def cispo(
     tensor([[0.6000]])
     """
     check_floats(log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages)
-    _check_clip(clip_low, clip_high)
-    ratio = torch.exp(log_probs.detach() - old_log_probs.detach())
-    return -ratio.clamp(1 - clip_low, 1 + clip_high) * advantages.detach() * log_probs
+    check_clip(clip_low, clip_high)
+    ratio = log_ratio_of(log_probs, old_log_probs).detach().exp()
+    weight = -ratio.clamp(1 - clip_low, 1 + clip_high) * at_least_float32(advantages.detach())
+    return _times(torch.where(advantages == 0, 0.0, weight), at_least_float32(log_probs))
 
 
 def truncated_importance_weights(
@@ -243,34 +176,40 @@ def truncated_importance_weights(
     tensor([[2., 1.]])
     """
     check_floats(old_log_probs=old_log_probs, sampler_log_probs=sampler_log_probs)
-    check_range("cap", cap, above=True)
-    return torch.exp(old_log_probs.detach() - sampler_log_probs.detach()).clamp(max=cap)
+    in_range("cap", cap, above=True)
+    return log_ratio_of(old_log_probs, sampler_log_probs).detach().exp().clamp(max=cap)
 
 
-def _pessimistic(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
-    return torch.maximum(-ratio * advantages, -ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+def log_ratio_of(log_probs: Tensor, old_log_probs: Tensor) -> Tensor:
+    return at_least_float32(log_probs) - at_least_float32(old_log_probs.detach())
 
 
-def _mean_with_own_gradient(x: Tensor, mask: Tensor) -> Tensor:
-    """The mean of each row at every slot, where slot t passes its gradient to x_t alone.
+def pessimistic(
+    log_ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float, dual_clip: float | None = None
+) -> Tensor:
+    """The larger loss of the ratio and its clip, at most -dual_clip·A: a bound on the ratio for each sign."""
+    ratio = log_ratio.detach().exp()
+    bounded = torch.where(
+        advantages > 0, ratio.clamp(max=1 + clip_high), ratio.clamp(1 - clip_low, dual_clip)
+    )
+    return surrogate(log_ratio, bounded, advantages, counts=bounded == ratio)
 
-    A mean over T slots would pass 1/T of each slot's gradient to all: the same sum where the row has one
-    advantage and every token weighs the same, and a mixture of tokens' advantages otherwise.
+
+def surrogate(log_ratio: Tensor, ratio: Tensor, advantages: Tensor, *, counts: Tensor) -> Tensor:
+    """-ρ·A, where ρ is exp(log_ratio) with its gradient if it ``counts``, and the constant ``ratio`` if not.
+
+    Selected before the exponential: what is dropped after it has the gradient 0·∞ = NaN.
     """
-    return masked_mean(x.detach(), mask, 1)[:, None] + (x - x.detach())
+    counts = counts & (advantages != 0)
+    moving = torch.exp(torch.where(counts, log_ratio, 0.0))
+    return _times(-advantages, torch.where(counts, moving, ratio))
 
 
-def _valid_tokens(
-    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The three with 0 in masked slots; an advantage of 0 makes any surrogate 0 there."""
-    check_floats(log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages)
-    check_dims("log_probs", log_probs, "BT")
-    check_mask(mask, log_probs, "log_probs")
-    constants = zero_masked(old_log_probs.detach(), mask), zero_masked(advantages.detach(), mask)
-    return zero_masked(log_probs, mask), *constants
+def _times(weight: Tensor, x: Tensor) -> Tensor:
+    """weight·x, 0 with a gradient of 0 where the weight is 0, however large x is; NaN stays NaN."""
+    return weight * torch.where((weight != 0) | x.isnan(), x, 0.0)
 
 
-def _check_clip(clip_low: float, clip_high: float) -> None:
-    check_range("clip_low", clip_low, 0.0, 1.0)
-    check_range("clip_high", clip_high)
+def check_clip(clip_low: float, clip_high: float) -> None:
+    in_range("clip_low", clip_low, 0.0, 1.0)
+    in_range("clip_high", clip_high, infinite=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ppo_kit.functional.checks import check_dims, check_floats, check_range
-from ppo_kit.functional.masked import masked_mean
+from ppo_kit.functional.checks import check_dims, check_floats, in_range
+from ppo_kit.functional.masked import at_least_float32, masked_mean
 
 
 def pairwise_loss(chosen: Tensor, rejected: Tensor, *, margin: Tensor | None = None) -> Tensor:
@@ -18,7 +18,7 @@ def pairwise_loss(chosen: Tensor, rejected: Tensor, *, margin: Tensor | None = N
     Args:
         chosen, rejected: [N] scores. margin: [N], units of score; none by default.
     Returns:
-        [N] nats, one loss per pair.
+        [N] nats, one loss per pair, float32 (float64 where given).
     Raises:
         ValueError: shapes differ or a dtype is not floating point.
 
@@ -26,10 +26,10 @@ def pairwise_loss(chosen: Tensor, rejected: Tensor, *, margin: Tensor | None = N
     tensor([0.3133, 0.6931])
     """
     check_floats(chosen=chosen, rejected=rejected)
-    difference = chosen - rejected
+    difference = at_least_float32(chosen) - at_least_float32(rejected)
     if margin is not None:
         check_floats(chosen=chosen, margin=margin)
-        difference = difference - margin
+        difference = difference - at_least_float32(margin)
     return torch.nn.functional.softplus(-difference)
 
 
@@ -53,9 +53,9 @@ def reward_model_loss(
             bool.
         lm_weight: at least 0. margin: as in :func:`pairwise_loss`.
     Returns:
-        [N] nats, one loss per pair.
+        [N] nats, one loss per pair, float32 (float64 where given).
     Raises:
-        ValueError: a wrong shape or dtype, or a negative ``lm_weight``.
+        ValueError: a wrong shape or dtype, or ``lm_weight`` is negative or no number.
 
     >>> scores, mask = torch.zeros(1), torch.tensor([[True, True, False]])
     >>> reward_model_loss(scores, scores, torch.tensor([[-1.0, -3.0, -9.0]]), mask, lm_weight=0.5)
@@ -66,5 +66,6 @@ def reward_model_loss(
     check_dims("log_probs", log_probs, "NT")
     if log_probs.shape[0] != chosen.shape[0]:
         raise ValueError(f"log_probs: got shape {list(log_probs.shape)}, needs [{chosen.shape[0]},T]")
-    check_range("lm_weight", lm_weight)
-    return pairwise_loss(chosen, rejected, margin=margin) - lm_weight * masked_mean(log_probs, mask, 1)
+    in_range("lm_weight", lm_weight)
+    loss, language = pairwise_loss(chosen, rejected, margin=margin), masked_mean(log_probs, mask, 1)
+    return loss if lm_weight == 0 else loss - lm_weight * language

@@ -5,20 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ppo_kit.functional.checks import check_dims, check_floats, check_mask, check_range
+from ppo_kit.functional.checks import check_dims, check_floats, check_mask, in_range
 from ppo_kit.functional.masked import last_valid, zero_masked
 
 
 def place_score(score: Tensor, mask: Tensor) -> Tensor:
     """r_t = score where t is the last valid token, 0 elsewhere; an empty response gets nothing.
 
+    With holes in the mask (tokens that are no actions) it is the last action.
+
     The r(x,y_i) of the report's (19). MOSS-RLHF, OpenRLHF and DeepSpeed-Chat place it so; TRL and torchtune
     one slot later, on the first pad.
 
     Args:
-        score: [B], in units of reward. mask: [B,T] bool.
+        score: [B], in units of reward. mask: [B,T] bool, with holes or without.
     Returns:
-        [B,T], dtype of ``score``.
+        [B,T], dtype of ``score``, which is copied and not computed with.
     Raises:
         ValueError: a wrong shape or dtype.
 
@@ -50,8 +52,8 @@ def length_penalty(mask: Tensor, *, per_token: float, free: int = 0) -> Tensor:
     >>> length_penalty(torch.tensor([[True, True, True], [True, False, False]]), per_token=0.5, free=1)
     tensor([-1.,  0.])
     """
-    check_range("per_token", per_token)
-    check_range("free", free)
+    in_range("per_token", per_token)
+    in_range("free", free)
     return per_token * (free - _lengths(mask)).clamp(max=0)
 
 
@@ -62,16 +64,17 @@ def overlong_penalty(mask: Tensor, *, max_length: int, buffer: int) -> Tensor:
     function ``get_soft_overlong_punishment``.
 
     Args:
-        mask: [B,T] bool. max_length: tokens. buffer: tokens of the ramp, in [1, max_length].
+        mask: [B,T] bool. max_length: tokens, at least 1. buffer: tokens of the ramp, in [1, max_length].
     Returns:
         [B] float32, in [-1, 0].
     Raises:
-        ValueError: a wrong shape or dtype, or ``buffer`` out of its range.
+        ValueError: a wrong shape or dtype, or a number out of its range.
 
     >>> overlong_penalty(torch.tensor([[True] * 4, [True, True, True, False]]), max_length=4, buffer=2)
     tensor([-1.0000, -0.5000])
     """
-    check_range("buffer", buffer, 1, max_length)
+    in_range("max_length", max_length, 1)
+    in_range("buffer", buffer, 1, max_length)
     return ((max_length - buffer - _lengths(mask)) / buffer).clamp(-1, 0)
 
 
@@ -90,11 +93,11 @@ def missing_end_penalty(truncated: Tensor, *, penalty: float = 1.0) -> Tensor:
     >>> missing_end_penalty(torch.tensor([True, False]), penalty=0.5)
     tensor([-0.5000,  0.0000])
     """
-    check_range("penalty", penalty)
+    in_range("penalty", penalty)
     check_dims("truncated", truncated, "B")
     if truncated.dtype != torch.bool:
         raise ValueError(f"truncated: got {truncated.dtype}, needs torch.bool")
-    return torch.where(truncated, -penalty, 0.0)
+    return zero_masked(torch.full_like(truncated, -penalty, dtype=torch.float32), truncated)
 
 
 def _lengths(mask: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """Value losses: one number per token, not masked and not reduced, with the factor 1/2.
 
 Returns and old values are constants. As with the policy losses, pass inputs through ``zero_masked`` first.
+Results are float32 (float64 where given), whatever narrower dtype comes in; the square of an error above 1e19
+does not fit float32 and is infinite.
 """
 
 from __future__ import annotations
@@ -8,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ppo_kit.functional.checks import check_floats, check_range
+from ppo_kit.functional.checks import check_floats, in_range
+from ppo_kit.functional.masked import at_least_float32
 
 
 def squared_value_loss(values: Tensor, returns: Tensor) -> Tensor:
@@ -28,7 +31,7 @@ def squared_value_loss(values: Tensor, returns: Tensor) -> Tensor:
     tensor([[2.]])
     """
     check_floats(values=values, returns=returns)
-    return (values - returns.detach()).square() / 2
+    return (at_least_float32(values) - at_least_float32(returns.detach())).square() / 2
 
 
 def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float = 0.2) -> Tensor:
@@ -49,10 +52,13 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, c
     tensor([[1.6200]])
     """
     check_floats(values=values, old_values=old_values, returns=returns)
-    check_range("clip", clip)
+    in_range("clip", clip, infinite=True)
+    values, old_values, returns = (at_least_float32(x) for x in (values, old_values, returns))
     old_values, returns = old_values.detach(), returns.detach()
-    clipped = torch.clamp(values, old_values - clip, old_values + clip)
-    return torch.maximum((values - returns).square(), (clipped - returns).square()) / 2
+    error = values - returns
+    clipped = torch.clamp(values, old_values - clip, old_values + clip) - returns
+    # Chosen before it is squared: two squares that overflow would tell nothing.
+    return torch.where(clipped.abs() <= error.abs(), error, clipped).square() / 2
 
 
 def huber_value_loss(values: Tensor, returns: Tensor, *, delta: float = 1.0) -> Tensor:
@@ -71,5 +77,8 @@ def huber_value_loss(values: Tensor, returns: Tensor, *, delta: float = 1.0) -> 
     tensor([[0.1250, 2.5000]])
     """
     check_floats(values=values, returns=returns)
-    check_range("delta", delta, above=True)
-    return torch.nn.functional.huber_loss(values, returns.detach(), reduction="none", delta=delta)
+    in_range("delta", delta, above=True)
+    error = at_least_float32(values) - at_least_float32(returns.detach())
+    is_near = error.abs() <= delta
+    near, far = torch.where(is_near, error, 0.0), torch.where(is_near, 0.0, error)
+    return torch.where(is_near, near.square() / 2, delta * (far.abs() - delta / 2))

@@ -17,14 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ppo_kit.functional.advantages import (
-    discounted_returns,
-    gae,
-    greedy_baseline,
-    group_normalize,
-    leave_one_out,
-    optimal_baseline,
-)
+from ppo_kit.functional.advantages import discounted_returns, gae
+from ppo_kit.functional.baselines import greedy_baseline, group_normalize, leave_one_out, optimal_baseline
 from ppo_kit.functional.masked import masked_mean, masked_sum, zero_masked
 from ppo_kit.modules.base import BatchModule, Keys, at_least_zero
 

@@ -17,13 +17,12 @@ from ppo_kit.functional.kl import kl_estimate
 from ppo_kit.functional.masked import masked_mean, zero_masked
 from ppo_kit.functional.policy import (
     cispo,
-    gmpo,
     importance_sampling,
     kl_penalized_surrogate,
     policy_gradient,
-    sequence_clipped_surrogate,
     truncated_importance_weights,
 )
+from ppo_kit.functional.sequence_policy import gmpo, sequence_clipped_surrogate
 from ppo_kit.modules.base import BatchModule, Keys, at_least_zero, positive
 from ppo_kit.modules.losses import ratio_diagnostics
 from ppo_kit.modules.objective import BatchLoss, LossKeys

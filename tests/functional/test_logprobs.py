@@ -207,7 +207,7 @@ def test_bad_input_is_named() -> None:
             ({"ids": ids.float()}, "ids: got torch.float32, needs torch.int64"),
             ({"ids": ids[:1]}, r"ids: got shape \[1, 5\], needs \[2, 5\]"),
             ({"temperature": 0.0}, r"temperature: got 0.0, needs a number in \(0, inf\)"),
-            ({"chunk_size": 0}, r"chunk_size: got 0, needs a number in \[1, inf\)"),
+            ({"chunk_size": 0}, r"chunk_size: got 0, needs an integer in \[1, inf\)"),
         ):
             with pytest.raises(ValueError, match="^" + message):
                 fn(**{"hidden": hidden, "weight": weight, "ids": ids, **change})

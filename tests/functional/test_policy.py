@@ -370,7 +370,7 @@ def test_bad_tensors_are_named(name: str) -> None:
             call(name, **{key: MASK[0] if key == "mask" else TWO[0] for key in keys})
 
 
-UNIT, POSITIVE, NOT_NEGATIVE = r"[0, 1]", r"(0, inf)", r"[0, inf)"
+UNIT, POSITIVE, NOT_NEGATIVE, OPEN = r"[0, 1]", r"(0, inf)", r"[0, inf)", r"[0, inf]"
 
 
 @pytest.mark.parametrize(
@@ -378,11 +378,11 @@ UNIT, POSITIVE, NOT_NEGATIVE = r"[0, 1]", r"(0, inf)", r"[0, inf)"
     [
         (("clipped", "sequence_clipped", "cispo"), "clip_low", -0.1, UNIT),
         (("clipped", "sequence_clipped", "cispo"), "clip_low", 1.1, UNIT),
-        (("clipped", "sequence_clipped", "cispo"), "clip_high", -0.1, NOT_NEGATIVE),
-        (("clipped",), "dual_clip", 1.0, "(1, inf)"),
+        (("clipped", "sequence_clipped", "cispo"), "clip_high", -0.1, OPEN),
+        (("clipped",), "dual_clip", 1.0, "(1, inf]"),
         (("kl_penalized", "kl_cov"), "beta", -1.0, NOT_NEGATIVE),
-        (("gmpo",), "log_clip_low", -0.1, NOT_NEGATIVE),
-        (("gmpo",), "log_clip_high", -0.1, NOT_NEGATIVE),
+        (("gmpo",), "log_clip_low", -0.1, OPEN),
+        (("gmpo",), "log_clip_high", -0.1, OPEN),
         (("kl_cov",), "fraction", 0.0, "(0, 1]"),
         (("kl_cov",), "fraction", 1.5, "(0, 1]"),
         (("truncated",), "cap", 0.0, POSITIVE),

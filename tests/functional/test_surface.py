@@ -45,4 +45,5 @@ def test_the_layer_imports_torch_and_itself_only() -> None:
                     "__future__",
                     "dataclasses",
                     "math",
+                    "numbers",
                 }, name

@@ -106,7 +106,7 @@ def test_bad_input_is_named() -> None:
             fn(x.long(), x)
     with pytest.raises(ValueError, match=r"^old_values: got shape \[3\], needs \[2, 3\] as in values"):
         clipped_value_loss(x, x[0], x)
-    with pytest.raises(ValueError, match=r"^clip: got -0.1, needs a number in \[0, inf\)"):
+    with pytest.raises(ValueError, match=r"^clip: got -0.1, needs a number in \[0, inf\]"):
         clipped_value_loss(x, x, x, clip=-0.1)
     with pytest.raises(ValueError, match=r"^delta: got 0.0, needs a number in \(0, inf\)"):
         huber_value_loss(x, x, delta=0.0)
