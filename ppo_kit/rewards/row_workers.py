@@ -1,4 +1,9 @@
-"""A function called on each row of a batch by threads or processes, every row within a time limit."""
+"""A function called on each row of a batch by threads or processes, every row within a time limit.
+
+Not done with a library: ``concurrent.futures`` has no time limit for a task and waits for a hung thread when
+the program ends; ``pebble`` (5.2) waits for ever for a task whose process ended with status 0, has no daemon
+pool of threads with a time limit, and measures by a clock that can be set.
+"""
 
 from __future__ import annotations
 
@@ -82,9 +87,10 @@ class RowWorkers:
         try:
             while waiting or busy:
                 while waiting and len(busy) < self.workers:
-                    connection, worker = self._idle.pop() if self._idle else self._start()
                     row = waiting.pop()
-                    connection.send_bytes(pickle.dumps(rows[row]))
+                    sent = self._pickled(row, rows[row])
+                    connection, worker = self._idle.pop() if self._idle else self._start()
+                    connection.send_bytes(sent)
                     busy[connection] = (worker, row, time.monotonic())
                 for connection in self._ready(busy):
                     worker, row, _ = busy[connection]
@@ -127,6 +133,13 @@ class RowWorkers:
         else:
             ours.recv_bytes()
         return ours, worker
+
+    @staticmethod
+    def _pickled(row: int, arguments: tuple[Any, ...]) -> bytes:
+        try:
+            return pickle.dumps(arguments)
+        except Exception as error:
+            raise RowError(row, f"cannot be sent to a worker: {error}") from None
 
     def _ready(self, busy: dict[Connection, tuple[Any, int, float]]) -> list[Any]:
         if self.timeout is None:

@@ -1,5 +1,6 @@
 """A small dialogue world with a gold reward, in which over-optimization of a reward model can be seen."""
 
+from ppo_kit.sandbox.build import sandbox_models, sandbox_policy, sandbox_reward_model
 from ppo_kit.sandbox.corpus import (
     sandbox_config,
     sandbox_dialogues,
@@ -15,7 +16,10 @@ __all__ = [
     "sandbox_config",
     "sandbox_dialogues",
     "sandbox_gold",
+    "sandbox_models",
     "sandbox_pairs",
+    "sandbox_policy",
     "sandbox_prompts",
+    "sandbox_reward_model",
     "sandbox_tokenizer",
 ]

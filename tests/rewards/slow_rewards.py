@@ -20,3 +20,20 @@ def dies_on_rice(prompts, responses, batch):
     if "rice" in prompts[0]:
         os._exit(3)
     return [float(os.getpid())]
+
+
+def leaves_on_rice(prompts, responses, batch):
+    if "rice" in prompts[0]:
+        os._exit(0)
+    return [1.0]
+
+
+class Counting:
+    """How often this very object was called."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, prompts, responses, batch):
+        self.calls += 1
+        return [float(self.calls)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import subprocess
 import sys
 import threading
 import time
@@ -17,7 +18,7 @@ from tensordict.nn import TensorDictSequential
 from ppo_kit.data import pad_answers
 from ppo_kit.models import RewardModel
 from ppo_kit.modules import SumScores
-from ppo_kit.rewards import TextReward
+from ppo_kit.rewards import TextReward, row_workers
 from ppo_kit.rewards.functions import ExactMatch, LengthReward, RegexReward, SentimentReward
 from ppo_kit.rewards.row_workers import RowWorkers
 from ppo_kit.rewards.text_reward import TokenReward
@@ -154,6 +155,37 @@ def test_processes(batch, importable):
         RuntimeError, match="reward dies_on_rice: row 1 ended its worker process; prompt 'how do i"
     ):
         dying(batch)
+
+
+def test_a_process_that_ends_without_a_fault_is_named_too(batch, importable):
+    module = TextReward(importable.leaves_on_rice, TOKENIZER, workers=2, processes=True)
+    with pytest.raises(RuntimeError, match="reward leaves_on_rice: row 1 ended its worker process"):
+        module(batch)
+
+
+@pytest.mark.parametrize("processes", [False, True])
+def test_a_workers_state_is_kept_between_calls(batch, importable, processes):
+    module = TextReward(importable.Counting(), TOKENIZER, workers=1, processes=processes)
+    assert module(batch)["score"].tolist() == [1, 2, 3]
+    assert module(batch)["score"].tolist() == [4, 5, 6]
+    module.workers.close()
+
+
+def test_a_row_that_cannot_be_sent_is_named(batch):
+    batch["odd"] = NonTensorStack("a", lambda: None, "b")
+    with pytest.raises(RuntimeError, match=r"reward count: row 1 cannot be sent to a worker: .*lambda"):
+        TextReward(count, TOKENIZER, workers=1)(batch)
+
+
+def test_a_hung_thread_does_not_hold_the_end_of_the_program():
+    code = (
+        "import runpy, sys, time; workers = runpy.run_path(sys.argv[1])\n"
+        "try: workers['RowWorkers'](lambda x: time.sleep(3600), workers=1, timeout=0.1)([(1,)])\n"
+        "except workers['RowTimeout']: print('left')"
+    )
+    command = [sys.executable, "-c", code, row_workers.__file__]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    assert done.stdout.strip() == "left"
 
 
 @pytest.mark.parametrize("processes", [False, True])
