@@ -104,7 +104,7 @@ def test_a_ratio_that_counts_is_infinite_when_it_does_not_fit(name: str, advanta
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("advantage", [-1.0, 0.0, 1.0])
 def test_nan_is_not_hidden(name: str, advantage: float) -> None:
-    """A run stops at a log-probability or an advantage that is NaN; no selection may turn it into a number."""
+    """A run stops at a log-probability or an advantage that is NaN; no selection turns it into a number."""
     assert math.isnan(loss_and_gradient(name, math.nan, advantage)[0])
     assert math.isnan(loss_and_gradient(name, 0.5, math.nan)[0])
 
