@@ -8,7 +8,9 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
+import venv
 import zipfile
 from pathlib import Path
 
@@ -17,6 +19,8 @@ import pytest
 from ppo_kit.sandbox.world import PROMPT_OF
 
 ROOT = Path(__file__).parents[2]
+SCRIPTS = "Scripts" if os.name == "nt" else "bin"
+ELSEWHERE = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 BUILT_FROM = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "ppo_kit", "recipes")
 
 
@@ -48,23 +52,33 @@ def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An otherwise empty folder that holds what installing the wheel puts into site-packages."""
-    folder = tmp_path_factory.mktemp("site")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(folder)
+def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment with the wheel installed, and this one's other packages to import."""
+    pytest.importorskip("pip")
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, symlinks=os.name != "nt")
+    python = folder / SCRIPTS / "python"
+    install = ["--python", python, "install", "--quiet", "--no-index", "--no-deps", wheel]
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *install]
+    done = subprocess.run(command, env=ELSEWHERE, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    where = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    packages = Path(subprocess.run(where, capture_output=True, text=True, check=True).stdout.strip())
+    # Folders that a .pth file adds are only searched; theirs are not read, so the checkout that is installed
+    # in this environment is not found.
+    others = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    (packages / "others.pth").write_text("".join(f"{path}\n" for path in others))
     return folder
 
 
 @pytest.fixture
-def run(installed: Path, tmp_path: Path):
-    """``run(*command)``: a Python process elsewhere that imports the installed package."""
+def run(environment: Path, tmp_path: Path):
+    """``run(program, *arguments)``: a program of the environment, in another folder."""
 
-    def start(*command: object) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "PYTHONPATH": str(installed)}
-        arguments = [sys.executable, *map(str, command)]
+    def start(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [environment / SCRIPTS / program, *map(str, arguments)]
         return subprocess.run(
-            arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
+            command, cwd=tmp_path, env=ELSEWHERE, capture_output=True, text=True, timeout=600
         )
 
     return start
@@ -92,18 +106,14 @@ def test_the_source_distribution_builds_the_same_wheel(source, wheel, tmp_path):
     assert names(build("wheel", unpacked, tmp_path / "again")) == names(wheel)
 
 
-def test_the_installed_command_lists_and_copies_its_recipes(run, installed, tmp_path):
-    code = (
-        "import sys, ppo_kit\nfrom importlib.metadata import distribution\n"
-        "(command,) = distribution('ppo-kit').entry_points.select(name='ppo-kit')\n"
-        "print(ppo_kit.__file__)\nsys.exit(command.load()(sys.argv[1:]))"
-    )
-    listed = run("-c", code, "list")
+def test_the_installed_command_lists_and_copies_its_recipes(run, environment, tmp_path):
+    imported = run("python", "-c", "import ppo_kit; print(ppo_kit.__file__)").stdout.strip()
+    assert Path(imported).is_relative_to(environment)
+    listed = run("ppo-kit", "list")
     assert listed.returncode == 0, listed.stderr
-    assert Path(listed.stdout.splitlines()[0]).is_relative_to(installed)
     for recipe in (ROOT / "recipes").glob("*.py"):
         assert f" {recipe.stem} " in listed.stdout
-        assert run("-c", code, "copy", recipe.stem).returncode == 0
+        assert run("ppo-kit", "copy", recipe.stem).returncode == 0
         assert (tmp_path / recipe.name).read_text() == recipe.read_text()
 
 
@@ -118,13 +128,13 @@ def test_a_recipe_and_a_variant_of_it_run_away_from_the_repository(run, tmp_path
         "policy: policy\nreward: reward\nprompts: prompts.jsonl.gz\nsteps: 1\nrollout_size: 4\n"
         "minibatch_size: 4\nmax_new_tokens: 4\nheld_out: 4\ncritic_pretrain_steps: 1\nptx_coef: 0\n"
     )
-    done = run("-m", "ppo_kit", "ppo_max", "--config", "tiny.yaml", "--out", "first")
+    done = run("ppo-kit", "ppo_max", "--config", "tiny.yaml", "--out", "first")
     assert done.returncode == 0, done.stderr
-    assert run("-m", "ppo_kit", "copy", "ppo_max", "--to", "mine.py").returncode == 0
+    assert run("ppo-kit", "copy", "ppo_max", "--to", "mine.py").returncode == 0
     text = (tmp_path / "mine.py").read_text()
     assert "KLPenalty(cfg.kl_coef)" in text
     (tmp_path / "mine.py").write_text(text.replace("KLPenalty(cfg.kl_coef)", "KLPenalty(3 * cfg.kl_coef)"))
-    done = run("-m", "ppo_kit", "mine.py", "--config", "first/config.json", "--out", "second")
+    done = run("ppo-kit", "mine.py", "--config", "first/config.json", "--out", "second")
     assert done.returncode == 0, done.stderr
     first, second = (
         json.loads((tmp_path / name / "metrics.jsonl").read_text()) for name in ("first", "second")
