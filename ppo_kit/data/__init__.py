@@ -1,26 +1,40 @@
 """Dialogues in: rows of files, prompts, preference pairs, supervised text. See ``docs/data.md``."""
 
 from .batches import collate_pairs, pair_batches, plan_pairs
+from .chat import Chat, Written
 from .check import Contents, check_file
 from .encode import Encoder, TooLong
-from .formats import Dialogue, Format, Message, answer_of, columns_of, pair_of, prompt_of, row_format
+from .formats import (
+    Dialogue,
+    Format,
+    Message,
+    answer_of,
+    columns_of,
+    left_out,
+    pair_of,
+    prompt_of,
+    row_format,
+)
 from .items import Answered, Dialogues, Pair, Pairs, Prompt, Prompts, Rows
 from .load import load_dialogues, load_pairs, load_prompts
+from .marks import Markers, end_ids, end_of_turn_id
 from .order import epoch_order, step_rows
 from .padding import pad_answers, pad_ids, pad_prompts
 from .rows import BadRow, OnBadRow, RowReport, Source, read_rows
 from .split import count_prompts, split_rows, without_prompts
 from .stream import Stream
-from .template import end_ids, end_of_turn_id, render
+from .template import render
 
 __all__ = [
     "Answered",
     "BadRow",
+    "Chat",
     "Contents",
     "Dialogue",
     "Dialogues",
     "Encoder",
     "Format",
+    "Markers",
     "Message",
     "OnBadRow",
     "Pair",
@@ -32,6 +46,7 @@ __all__ = [
     "Source",
     "Stream",
     "TooLong",
+    "Written",
     "answer_of",
     "check_file",
     "collate_pairs",
@@ -40,6 +55,7 @@ __all__ = [
     "end_ids",
     "end_of_turn_id",
     "epoch_order",
+    "left_out",
     "load_dialogues",
     "load_pairs",
     "load_prompts",

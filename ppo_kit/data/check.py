@@ -97,7 +97,7 @@ def check_file(source: Source, tokenizer: PreTrainedTokenizerBase | None = None)
 
 def _use(row: Any, encoder: Encoder | None, contents: Contents) -> None:
     """Count what the row can be used for, and its lengths; raise where it breaks its format's promise."""
-    has_chosen = isinstance(row, dict) and "chosen" in row
+    has_chosen = isinstance(row, dict) and row.get("chosen") is not None
     measured = encoder.prompt(row) if encoder else "".join(turn["content"] for turn in prompt_of(row))
     contents.uses["prompts"] += 1
     _measure(contents, "prompt", len(measured))
@@ -111,7 +111,7 @@ def _use(row: Any, encoder: Encoder | None, contents: Contents) -> None:
         raise
     contents.uses["dialogues"] += 1
     _measure(contents, "answer", len(answer))
-    if has_chosen and "rejected" in row:
+    if has_chosen and row.get("rejected") is not None:
         rejected = encoder.pair(row).rejected_ids if encoder else pair_of(row)[2]
         contents.uses["pairs"] += 1
         _measure(contents, "rejected", len(rejected))

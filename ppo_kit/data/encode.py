@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from .formats import Dialogue, answer_of, columns_of, pair_of, prompt_of, row_format
+from .chat import Chat, Written
+from .formats import Dialogue, answer_of, columns_of, left_out, pair_of, prompt_of, row_format
 from .items import Answered, Pair, Prompt
 from .rows import BadRow, RowReport
-from .template import end_ids, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,10 +21,12 @@ class Encoder:
     ``max_tokens`` bounds the prompt of :meth:`prompt`, and prompt plus (longer) answer of the other two.
     With ``too_long="cut"`` a longer dialogue loses its oldest turns, whole ones, until it fits and starts
     with a user turn; a system turn stays. It is a bad row still where the last user turn alone does not fit.
-    ``report.notes`` counts the dialogues cut, and the MOSS lists read as ending with an answer.
+    ``report.notes`` counts, by name, what was done to rows that were kept: dialogues cut, texts that the
+    template trims, keys of messages that are left out, MOSS lists read as ending with an answer.
 
-    Text that spells one of the template's own special tokens is refused: it would be read as the end of a
-    turn, or as a turn of somebody else.
+    Text that spells one of the template's own marks is refused (:class:`ppo_kit.data.Markers`): it would be
+    read as the end of a turn, or as a turn of somebody else. So is a dialogue of which the template leaves
+    something out, and an answer that it does not write behind its prompt (:class:`ppo_kit.data.Chat`).
     """
 
     def __init__(
@@ -39,72 +41,62 @@ class Encoder:
             raise ValueError(f"max_tokens: got {max_tokens}, needs at least 1")
         if too_long not in ("bad", "cut"):
             raise ValueError(f"too_long: got {too_long!r}, needs 'bad' or 'cut'")
-        self.tokenizer, self.max_tokens, self.too_long = tokenizer, max_tokens, too_long
         if too_long == "cut" and report is None:
             raise ValueError("report: too_long='cut' needs one, so that what is cut is counted and said")
+        self.max_tokens, self.too_long = max_tokens, too_long
         self.report = RowReport() if report is None else report
-        self.end_id = end_ids(tokenizer)[0]
-        template = str(tokenizer.chat_template)
-        named = {tokenizer.bos_token, tokenizer.eos_token} - {None}
-        added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        self._markers = sorted(named | {token for token in added if token in template})
+        self.chat = Chat(tokenizer)
 
     def prompt(self, row: Any) -> Prompt:
-        """The row's prompt, of at most ``max_tokens``."""
+        """The row's prompt, of at most ``max_tokens``, with the columns that are the row's own."""
         columns = columns_of(row)
-        prompt = self._fitted("prompt", prompt_of(row), 0)
-        self._note_format(row)
-        return Prompt(prompt, prompt.messages, columns)
+        prompt, _, kept = self._fitted("prompt", row, prompt_of(row), [])
+        return Prompt(prompt, kept, columns)
 
     def pair(self, row: Any) -> Pair:
         """The row's prompt and two answers."""
-        messages, chosen, rejected = pair_of(row)
-        chosen_ids, rejected_ids = self._answer_ids(chosen), self._answer_ids(rejected)
-        if chosen_ids == rejected_ids:
+        messages, *answers = pair_of(row)
+        prompt, (chosen, rejected), kept = self._fitted("pair", row, messages, answers)
+        if chosen == rejected:
             raise BadRow("chosen and rejected are equal", "once they are token ids")
-        prompt = self._fitted("pair", messages, max(len(chosen_ids), len(rejected_ids)))
-        return Pair(prompt, chosen_ids, rejected_ids, prompt.messages)
+        return Pair(prompt, chosen, rejected, kept)
 
     def answered(self, row: Any) -> Answered:
         """The row's prompt and answer (``chosen`` where there are two)."""
         messages, answer = answer_of(row)
-        answer_ids = self._answer_ids(answer)
-        prompt = self._fitted("dialogue", messages, len(answer_ids))
-        self._note_format(row)
-        return Answered(prompt, answer_ids, prompt.messages)
+        prompt, (answer_ids,), kept = self._fitted("dialogue", row, messages, [answer])
+        return Answered(prompt, answer_ids, kept)
 
-    def _fitted(self, what: str, messages: Dialogue, answer_length: int) -> Prompt:
-        ids, kept = self._prompt_ids(messages), messages
-        while self.too_long == "cut" and len(ids) + answer_length > self.max_tokens:
-            kept = _without_oldest(kept)
-            if not kept:
+    def _fitted(
+        self, what: str, row: Any, messages: Dialogue, answers: list[str]
+    ) -> tuple[list[int], list[list[int]], Dialogue]:
+        """Ids of prompt and answers, of at most ``max_tokens``, and the turns that are left in the prompt."""
+        kept = messages
+        prompt, said = self._written(kept, answers)
+        while self.too_long == "cut" and _length(prompt, said) > self.max_tokens:
+            shorter = _without_oldest(kept)
+            if not shorter:
                 break
-            ids = self._prompt_ids(kept)
-        length = len(ids) + answer_length
-        if length > self.max_tokens:
+            kept = shorter
+            prompt, said = self._written(kept, answers)
+        if (length := _length(prompt, said)) > self.max_tokens:
             raise BadRow(f"{what} longer than {self.max_tokens} tokens", f"{length} tokens")
+        notes = [note for written in (prompt, *said) for note in written.notes]
         if len(kept) < len(messages):
-            self.report.notes[f"cut by their oldest turns to {self.max_tokens} tokens"] += 1
-        return Prompt(ids, kept)
-
-    def _prompt_ids(self, messages: Dialogue) -> list[int]:
-        for message in messages:
-            self._check_markers(message["content"])
-        text = render(self.tokenizer, messages, add_generation_prompt=True)
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def _answer_ids(self, answer: str) -> list[int]:
-        self._check_markers(answer)
-        return [*self.tokenizer(answer, add_special_tokens=False)["input_ids"], self.end_id]
-
-    def _check_markers(self, text: str) -> None:
-        for marker in self._markers:
-            if marker in text:
-                raise BadRow("text holds a special token", repr(marker))
-
-    def _note_format(self, row: Any) -> None:
+            notes.append(f"cut by their oldest turns to {self.max_tokens} tokens")
         if row_format(row) == "moss-answered":
-            self.report.notes["MOSS lists of even length, read as ending with an answer"] += 1
+            notes.append("MOSS lists of even length, read as ending with an answer")
+        notes.extend(f"with `{key}` in a message, which is left out" for key in left_out(row))
+        self.report.notes.update(dict.fromkeys(notes, 1))
+        return prompt.ids, [answer.ids for answer in said], kept
+
+    def _written(self, messages: Dialogue, answers: list[str]) -> tuple[Written, list[Written]]:
+        prompt = self.chat.prompt(messages)
+        return prompt, [self.chat.answer(messages, prompt, answer) for answer in answers]
+
+
+def _length(prompt: Written, answers: list[Written]) -> int:
+    return len(prompt.ids) + max((len(answer.ids) for answer in answers), default=0)
 
 
 def _without_oldest(messages: Dialogue) -> Dialogue:

@@ -15,6 +15,12 @@ from .rows import BadRow
 DIALOGUE_KEYS = frozenset({"chosen", "messages", "prompt", "rejected", "system"})
 """Keys of a row that its dialogue is made of; every other key is a column of the user's own."""
 
+UNSUPPORTED = frozenset(
+    {"tools", "tool_calls", "functions", "function_call", "image", "images", "video", "videos", "audio",
+     "audios", "reasoning_content", "chat_template_kwargs"}
+)  # fmt: skip
+"""Content of a dialogue that is not read. A row, or a message, that holds one of them is refused by name."""
+
 TAKEN = frozenset({*SCHEMA, "abstained", "gold_score"})
 """Names that the batch of a run uses itself."""
 
@@ -49,6 +55,7 @@ def row_format(row: Any) -> Format:
         return "moss" if len(row) % 2 else "moss-answered"
     if not isinstance(row, dict):
         raise BadRow("unknown format", f"got {_name(row)}, needs a JSON object or a list of turns (strings)")
+    row = _present(row)
     if "chosen" in row:
         return "hh" if isinstance(row["chosen"], str) and "prompt" not in row else "preference"
     if "rejected" in row:
@@ -91,7 +98,7 @@ def pair_of(row: Any) -> tuple[Dialogue, str, str]:
     kind = row_format(row)
     if kind not in ("hh", "preference"):
         raise BadRow("no pair", f"a row of format {kind!r} has no `chosen` and `rejected`")
-    if "rejected" not in row:
+    if row.get("rejected") is None:
         raise BadRow("no `rejected`", f"keys {sorted(map(str, row))}")
     prompt, chosen = answer_of(row)
     other, rejected = _split(row, "rejected")
@@ -122,6 +129,11 @@ def columns_of(row: Any) -> dict[str, Any]:
 
 def _split(row: Any, side: Literal["chosen", "rejected"]) -> tuple[Dialogue, str | None]:
     kind = row_format(row)
+    system: Dialogue = []
+    if isinstance(row, dict):
+        row = _present(row)
+        _check_supported(row, "the row")
+        system = _system_of(row)
     answer: str | None
     if kind in ("moss", "moss-answered"):
         prompt, answer = _pop_answer(_alternating(row))
@@ -131,7 +143,8 @@ def _split(row: Any, side: Literal["chosen", "rejected"]) -> tuple[Dialogue, str
         prompt, answer = _pop_answer(_turns(row["messages"], "messages"))
     elif "prompt" in row:
         prompt = _turns(row["prompt"], "prompt", open_end=True)
-        answer = _continuation(prompt, row[side], side)
+        prompt = _with_system(prompt, system)
+        answer = _continuation(prompt, row[side], side, system)
     else:
         if kind == "hh" and not (isinstance(row[side], str) and _HH_START.match(row[side])):
             raise BadRow("not an HH dialogue", f"`{side}` does not start with '\\n\\nHuman: '")
@@ -139,9 +152,56 @@ def _split(row: Any, side: Literal["chosen", "rejected"]) -> tuple[Dialogue, str
         if answer is None:
             spoke = any(message["role"] == "assistant" for message in prompt)
             raise BadRow("last turn is not the assistant's" if spoke else "no assistant turn", f"in `{side}`")
+    prompt = _with_system(prompt, system)
     if not any(message["role"] == "user" for message in prompt) or not prompt[-1]["content"].strip():
         raise BadRow("empty prompt")
+    if prompt[-1]["role"] == "assistant":
+        # The template would close that turn and open another one, which nobody wrote.
+        raise BadRow("prompt ends with an assistant turn", f"{prompt[-1]['content'][:40]!r}")
     return prompt, answer
+
+
+def left_out(row: Any) -> list[str]:
+    """Keys of the row's messages that are not read, and are no content, in order: ``name``, ``weight``.
+
+    >>> left_out({"messages": [{"role": "user", "content": "Hi", "name": "Ann"}]})
+    ['name']
+    """
+    if not isinstance(row, dict):
+        return []
+    lists = [row.get(key) for key in ("messages", "prompt", "chosen", "rejected")]
+    turns = [turn for turns in lists if isinstance(turns, list) for turn in turns if isinstance(turn, dict)]
+    keys = {str(key) for turn in turns for key, value in turn.items() if value is not None}
+    return sorted(keys - {"role", "content"} - UNSUPPORTED)
+
+
+def _present(row: dict[Any, Any]) -> dict[Any, Any]:
+    """The row without null keys of the dialogue: a table of several formats fills its gaps with null."""
+    return {key: value for key, value in row.items() if value is not None or key not in DIALOGUE_KEYS}
+
+
+def _check_supported(holder: dict[Any, Any], where: str) -> None:
+    for key in UNSUPPORTED:
+        if holder.get(key):
+            raise BadRow(f"`{key}` is not supported", f"{where} holds {str(holder[key])[:40]!r}")
+
+
+def _system_of(row: dict[Any, Any]) -> Dialogue:
+    """The system turn that stands beside the dialogue; a blank one is none."""
+    text = row.get("system", "")
+    if not isinstance(text, str):
+        raise BadRow("`system` is not a text", f"got {_name(text)}")
+    _check_text(text, "system")
+    return [{"role": "system", "content": text}] if text.strip() else []
+
+
+def _with_system(turns: Dialogue, system: Dialogue) -> Dialogue:
+    """The turns behind the system turn, where there is one and they do not start with it."""
+    if not system or turns[:1] == system:
+        return turns
+    if turns and turns[0]["role"] == "system":
+        raise BadRow("two system turns", f"`system` {system[0]['content'][:40]!r} and the dialogue's own")
+    return system + turns
 
 
 def _turns(value: Any, key: str, *, open_end: bool = False) -> Dialogue:
@@ -176,6 +236,11 @@ def _alternating(turns: list[str]) -> Dialogue:
 
 
 def _message(value: Any, key: str) -> Message:
+    if isinstance(value, dict):
+        _check_supported(value, key)
+        for name in ("reasoning", "thinking"):  # as a column of a row these are the user's own
+            if value.get(name):
+                raise BadRow(f"`{name}` is not supported", f"{key} holds {str(value[name])[:40]!r}")
     if not isinstance(value, dict) or not isinstance(value.get("content"), str):
         got = sorted(map(str, value)) if isinstance(value, dict) else _name(value)
         raise BadRow("not a message", f"{key}: got {got}, needs a `role` and a `content` that is a string")
@@ -191,14 +256,14 @@ def _pop_answer(turns: Dialogue) -> tuple[Dialogue, str | None]:
     return turns, None
 
 
-def _continuation(prompt: Dialogue, value: Any, side: str) -> str:
+def _continuation(prompt: Dialogue, value: Any, side: str, system: Dialogue) -> str:
     """The answer beside a prompt of its own: a string, one assistant message, or the whole dialogue."""
     if isinstance(value, str) and not _HH_START.match(value):
         _check_text(value, side)
         return value
     turns = _turns(value, side)
     rest, answer = _pop_answer(turns)
-    if answer is None or rest not in ([], prompt):
+    if answer is None or (rest and _with_system(rest, system) != prompt):
         raise BadRow(f"`{side}` does not continue the prompt", "needs one assistant turn after it")
     return answer
 

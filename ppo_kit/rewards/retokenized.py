@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ppo_kit.data import end_of_turn_id, pad_ids
+from ppo_kit.data import BadRow, Chat, Dialogue, Markers, pad_ids, render
 from ppo_kit.models.scoring import RewardModel
 from ppo_kit.models.vocabulary import check_embeddings
 from ppo_kit.modules.base import BatchModule
 from ppo_kit.rewards.text_reward import decode
 
+logger = logging.getLogger(__name__)
 Ending = Literal["template", "end_of_turn"]
 
 
@@ -24,9 +26,9 @@ class RetokenizedReward(BatchModule):
 
     The prompt comes as dialogues, not as text: ``messages`` in the batch, one list of
     ``{"role", "content"}`` a row, all turns of it (``batch["messages"] = NonTensorStack(*dialogues)``). The
-    policy's template cannot be undone from decoded text. The response is added as the last turn. Strings in
-    it that the reward model's tokenizer takes for special tokens are removed: with them a policy could end
-    its turn and speak for somebody else.
+    policy's template cannot be undone from decoded text. The response is added as the last turn. Strings
+    that the reward model's tokenizer reads as marks of a turn, or as special tokens, are cut out of all
+    texts: with them a policy could end its turn and speak for somebody else.
 
     Args:
         model: a one-label sequence classifier. tokenizer: its own, with a chat template.
@@ -64,10 +66,10 @@ class RetokenizedReward(BatchModule):
         self.reward = RewardModel(model.requires_grad_(False))
         self.tokenizer, self.policy_tokenizer = tokenizer, policy_tokenizer
         self.ending, self.micro_batch_size = ending, micro_batch_size
-        self.end_id = end_of_turn_id(tokenizer)
-        self.markers = sorted(
-            (token.content for token in tokenizer.added_tokens_decoder.values() if token.special), key=len
-        )
+        self.chat = Chat(tokenizer)
+        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        self.markers = Markers(tokenizer, self.chat.end_ids, also=special)
+        self._said: set[str] = set()
 
     @torch.no_grad()
     def forward(self, batch: TensorDictBase) -> TensorDictBase:
@@ -88,28 +90,31 @@ class RetokenizedReward(BatchModule):
         ]
         return self.write(batch, torch.cat(scores).to(response_ids.device))
 
-    def encode(self, messages: list[dict[str, str]], answer: str, *, truncated: bool = False) -> list[int]:
+    def encode(self, messages: Dialogue, answer: str, *, truncated: bool = False) -> list[int]:
         """The reward model's ids of the dialogue with ``answer`` as its last turn."""
-        answer = self._without_markers(answer)
+        turns: Dialogue = [{"role": m["role"], "content": self.markers.cut(m["content"])} for m in messages]
+        answer = self.markers.cut(answer)
+        self._say_what_is_left_out(turns)
         if self.ending == "template":
-            return self._template([*messages, {"role": "assistant", "content": answer}])
-        ids = self._template(messages, add_generation_prompt=True)
-        ids += self.tokenizer(answer, add_special_tokens=False)["input_ids"]
-        return ids if truncated else [*ids, self.end_id]
+            return self.chat.encode(
+                render(self.tokenizer, [*turns, {"role": "assistant", "content": answer}])
+            )
+        prompt = self.chat.unchecked(turns)
+        try:
+            ids = prompt.ids + self.chat.answer(turns, prompt, answer).ids
+        except BadRow:  # a policy may say what the template does not write as it is
+            ids = [*self.chat.encode(prompt.text + answer), self.chat.end_ids[0]]
+        return ids[:-1] if truncated else ids
 
-    def _template(self, messages: list[dict[str, str]], **settings: Any) -> list[int]:
-        encoded = self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **settings)
-        return list(encoded["input_ids"])
-
-    def _without_markers(self, text: str) -> str:
-        while any(marker in text for marker in self.markers):  # removing one may spell another
-            for marker in self.markers:
-                text = text.replace(marker, "")
-        return text
+    def _say_what_is_left_out(self, turns: Dialogue) -> None:
+        role = self.chat.left_out(turns)
+        if role and role not in self._said:
+            self._said.add(role)
+            logger.warning("the reward model's chat template leaves out the %s turn: it is not scored", role)
 
     def _score(self, rows: list[list[int]]) -> Tensor:
         device = self.reward.model.device
-        ids, mask = (x.to(device) for x in pad_ids(rows, self.end_id, side="left"))
+        ids, mask = (x.to(device) for x in pad_ids(rows, self.chat.end_ids[0], side="left"))
         nothing = ids[:, :0]
         return self.reward.compute(ids, mask, nothing, nothing.bool())
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppo_kit.data import BadRow, answer_of, pair_of, prompt_of, row_format
+from ppo_kit.data import BadRow, answer_of, left_out, pair_of, prompt_of, row_format
 
 HUMAN, BOT = "\n\nHuman: ", "\n\nAssistant: "
 PROMPT = [
@@ -24,6 +24,7 @@ def answer(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
+SYSTEM: dict[str, Any] = {"role": "system", "content": "be brief"}
 PAIRS = {
     "hh": {"chosen": HH + "yes", "rejected": HH + "no"},
     "hh prompt apart": {"prompt": HH, "chosen": "yes", "rejected": "no"},
@@ -45,6 +46,53 @@ def test_pairs_of_every_format_mean_the_same(row: dict[str, Any]) -> None:
     assert pair_of(row) == (PROMPT, "yes", "no")
     assert answer_of(row) == (PROMPT, "yes")
     assert prompt_of(row) == PROMPT
+
+
+@pytest.mark.parametrize("row", PAIRS.values(), ids=PAIRS)
+def test_a_system_turn_beside_the_dialogue_is_its_first(row: dict[str, Any]) -> None:
+    row = row | {"system": "be brief"}
+    assert pair_of(row) == ([SYSTEM, *PROMPT], "yes", "no")
+    assert prompt_of(row) == answer_of(row)[0] == [SYSTEM, *PROMPT]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [SYSTEM, *PROMPT], "chosen": "yes", "rejected": "no"},
+        {"prompt": PROMPT, "chosen": [SYSTEM, *PROMPT, answer("yes")], "rejected": [*PROMPT, answer("no")]},
+        {"chosen": [SYSTEM, *PROMPT, answer("yes")], "rejected": [*PROMPT, answer("no")]},
+    ],
+)
+def test_a_system_turn_that_the_dialogue_has_already_is_one(row: dict[str, Any]) -> None:
+    assert pair_of(row | {"system": "be brief"}) == ([SYSTEM, *PROMPT], "yes", "no")
+
+
+@pytest.mark.parametrize("blank", [None, "", " \n"])
+def test_a_blank_system_is_none(blank: str | None) -> None:
+    assert prompt_of({"prompt": "hello", "system": blank}) == [{"role": "user", "content": "hello"}]
+
+
+@pytest.mark.parametrize("row", PAIRS.values(), ids=PAIRS)
+def test_null_is_absence(row: dict[str, Any]) -> None:
+    gaps = dict.fromkeys(["prompt", "chosen", "rejected", "messages", "system", "tools", "images"])
+    assert row_format(gaps | row) == row_format(row)
+    assert pair_of(gaps | row) == pair_of(row)
+    for other in ({"messages": PROMPT}, {"prompt": PROMPT}):
+        assert prompt_of(gaps | other) == PROMPT
+    filled = [turn | {"tool_calls": None, "name": None} for turn in PROMPT]
+    assert prompt_of(gaps | {"messages": filled}) == PROMPT
+    assert left_out({"messages": filled}) == []
+    with pytest.raises(BadRow, match="unknown format: no `chosen`, `messages` or `prompt`"):
+        prompt_of(gaps)
+    with pytest.raises(BadRow, match="no `rejected`"):
+        pair_of({"prompt": "a", "chosen": "b", "rejected": None})
+
+
+def test_keys_of_messages_that_are_not_read_are_named() -> None:
+    named = [PROMPT[0] | {"name": "Ann", "weight": 0, "tool_calls": []}, *PROMPT[1:]]
+    assert left_out({"messages": named}) == ["name", "weight"]
+    assert left_out({"prompt": "a", "chosen": [answer("b") | {"id": 5}]}) == ["id"]
+    assert left_out(["a"]) == left_out({"prompt": "a"}) == []
 
 
 def test_names_of_formats() -> None:
@@ -75,9 +123,9 @@ def test_hh_turns_are_split_only_where_a_paragraph_starts_with_the_speaker() -> 
     assert said == "Human: no"
 
 
-def test_an_assistant_that_speaks_twice_keeps_both_turns() -> None:
-    turns = prompt_of({"chosen": f"{HUMAN}hello{BOT}a{BOT}b"})
-    assert [turn["role"] for turn in turns] == ["user", "assistant"]
+def test_an_assistant_that_spoke_twice_earlier_keeps_both_turns() -> None:
+    turns = prompt_of({"chosen": f"{HUMAN}hello{BOT}a{BOT}b{HUMAN}c{BOT}d"})
+    assert [turn["role"] for turn in turns] == ["user", "assistant", "assistant", "user"]
 
 
 BAD_PROMPTS: dict[str, list[Any]] = {
@@ -95,7 +143,30 @@ BAD_PROMPTS: dict[str, list[Any]] = {
         {"messages": [answer("a")]},
         {"messages": [{"role": "system", "content": "a"}]},
     ],
-    "`prompt` is not a dialogue": [{"prompt": 5}, {"prompt": None}, {"prompt": {"role": "user"}}],
+    "prompt ends with an assistant turn": [
+        {"prompt": [{"role": "user", "content": "a"}, answer("Sure,")]},
+        {"prompt": f"{HUMAN}a{BOT}Sure,", "chosen": "b", "rejected": "c"},
+        {"messages": [{"role": "user", "content": "a"}, answer("b"), answer("c")]},
+        {"chosen": f"{HUMAN}hello{BOT}a{BOT}b"},
+    ],
+    "two system turns": [
+        {"prompt": [{"role": "system", "content": "a"}, *PROMPT], "system": "b"},
+        {"chosen": [{"role": "system", "content": "a"}, *PROMPT, answer("c")], "system": "b"},
+    ],
+    "`system` is not a text": [{"prompt": "a", "system": 5}, {"prompt": "a", "system": [SYSTEM]}],
+    "`tools` is not supported": [
+        {"prompt": "a", "tools": [{"name": "f"}]},
+        {"messages": PROMPT, "tools": "f"},
+    ],
+    "`images` is not supported": [{"prompt": "a", "images": ["a.png"]}],
+    "`tool_calls` is not supported": [{"messages": [*PROMPT, answer("b") | {"tool_calls": [{"id": 1}]}]}],
+    "`reasoning_content` is not supported": [
+        {"messages": [*PROMPT, answer("b") | {"reasoning_content": "so"}]},
+        {"prompt": "a", "chosen": [answer("b") | {"reasoning_content": "so"}]},
+        {"prompt": "a", "reasoning_content": "so"},
+    ],
+    "`thinking` is not supported": [{"messages": [*PROMPT, answer("b") | {"thinking": "so"}]}],
+    "`prompt` is not a dialogue": [{"prompt": 5}, {"prompt": {"role": "user"}}],
     "not a message": [
         {"messages": ["hello"]},
         {"messages": [{"role": "user"}]},

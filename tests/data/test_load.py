@@ -165,3 +165,9 @@ def test_dialogues_give_batches_of_the_schema(tokenizer: PreTrainedTokenizerFast
     check_batch(batch, require=("prompt_ids", "prompt_mask", "response_ids", "response_mask", "group_id"))
     assert len(dialogues[1:3]) == 2
     assert (batch["response_ids"] == tokenizer.eos_token_id).sum(1).tolist() == [1, 1, 1]
+
+
+def test_what_is_left_out_of_messages_is_counted_by_name(tokenizer: PreTrainedTokenizerFast) -> None:
+    turn = {"role": "user", "content": "a", "name": "Ann"}
+    prompts = load_prompts([{"messages": [turn, turn]}, {"prompt": "b"}], tokenizer, max_tokens=20)
+    assert str(prompts.report) == ("read 2 rows, skipped none; 1 with `name` in a message, which is left out")

@@ -88,7 +88,7 @@ def test_bfloat16_checkpoints_become_float32_masters(tiny_model, tmp_path):
 
 
 TEMPLATE = (
-    "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}</s>{% endif %}{% endfor %}"
+    "{% for m in messages %}{{ m['content'] }} {% if m['role'] == 'assistant' %}</s>{% endif %}{% endfor %}"
 )
 
 
