@@ -64,8 +64,6 @@ def parse_rewards(texts: Sequence[str]) -> list[RewardSpec]:
                 f"give one another name, as in other={spec.target}"
             )
         seen[spec.name] = spec
-    if all(spec.weight == 0 for spec in specs):
-        raise ValueError(f"--reward: every weight is 0 ({', '.join(seen)}), so nothing is rewarded")
     return specs
 
 
@@ -81,8 +79,8 @@ def parse_reward(text: str) -> list[RewardSpec]:
 
     Raises:
         ValueError: a piece has no target, a name that cannot be a key, a weight that is not a finite number,
-            or something before ``:`` that is neither a module nor a ``.py`` file; two have one name; every
-            weight is 0; there is none. The piece is named.
+            or something before ``:`` that is neither a module nor a ``.py`` file; two have one name; there is
+            none. The piece is named.
 
     >>> parse_reward("sandbox")
     [RewardSpec(name='sandbox', target='sandbox', weight=1.0, kind='sandbox')]
