@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tensordict import NonTensorStack, TensorDictBase
@@ -191,7 +192,7 @@ def _load_models(
     settings: PPOSettings, engine: Engine, tokenizer: PreTrainedTokenizerBase, policy: str, reward: str
 ) -> tuple[Policy, Reference, Critic, TensorDictModuleBase]:
     """Policy, reference, critic, and what writes the score."""
-    weights = {"dtype": engine.weights_dtype}
+    weights: dict[str, Any] = {"dtype": engine.weights_dtype}
     actor, scalar = load_causal_lm(policy, **weights), load_scalar_model(reward, **weights)
     its_tokenizer = load_tokenizer(reward)
     check_embeddings(actor, tokenizer, policy)
@@ -199,7 +200,7 @@ def _load_models(
     score: TensorDictModuleBase | None = None
     if tokenizer.get_vocab() != its_tokenizer.get_vocab():
         score = RetokenizedReward(scalar.requires_grad_(False), its_tokenizer, tokenizer)
-        scalar = load_scalar_model(policy, **weights)
+        scalar = load_scalar_model(policy, head="new", **weights)
     if settings.lora_rank:
         if settings.train_layers >= 0:
             raise ValueError("--train-layers and --lora-rank exclude each other: LoRA trains every layer")

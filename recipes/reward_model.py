@@ -146,7 +146,7 @@ def _model(
     """The reward model, with a language-model head where loss (2) asks for one, and its adapters if any."""
     if cfg.lora_rank and cfg.train_layers >= 0:
         raise ValueError(f"--lora-rank {cfg.lora_rank} and --train-layers {cfg.train_layers}: choose one")
-    model = load_scalar_model(base)
+    model = load_scalar_model(base, head="new")
     model.config.pad_token_id = tokenizer.pad_token_id
     lora = LoRA(model, rank=cfg.lora_rank, seed=cfg.seed) if cfg.lora_rank else None
     freeze_below(model, cfg.train_layers)

@@ -100,7 +100,7 @@ def recover(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} is there already; name a new folder")
     before, after = ShardReader(base), ShardReader(diff)
-    config = AutoConfig.from_pretrained(diff)
+    config = AutoConfig.from_pretrained(diff, trust_remote_code=False)
     _check_names(before, after, config, kind)
     out.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
@@ -151,7 +151,7 @@ def _check_names(base: ShardReader, diff: ShardReader, config: LlamaConfig, kind
             f"--kind {kind}: {diff.folder} holds {held} reward_head.weight; is it of another kind?"
         )
     with torch.device("meta"):
-        needed = set(AutoModelForCausalLM.from_config(config).state_dict())
+        needed = set(AutoModelForCausalLM.from_config(config, trust_remote_code=False).state_dict())
     if kind == "reward" or config.tie_word_embeddings:
         needed -= {"lm_head.weight"}
     for reader, names in ((diff, needed), (base, {name for name in diff if "layers" in name})):

@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen.tokenizer:
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(chosen.tokenizer)
+        tokenizer = AutoTokenizer.from_pretrained(chosen.tokenizer, trust_remote_code=False)
     try:
         contents = check_file(chosen.file, tokenizer)
     except (OSError, ValueError, ImportError) as error:

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache
 
-from ppo_kit.models.load import freeze_below, model_source
+from ppo_kit.models.load import freeze_below
 from ppo_kit.models.lora import LoRA
 from ppo_kit.models.policy import autocast, checkpoint_activations, disable_dropout
+from ppo_kit.models.reading import reading
+from ppo_kit.models.source import config_source
 
 
 @dataclass(frozen=True)
@@ -173,10 +175,15 @@ def _inputs(rows: int, length: int) -> dict[str, Tensor]:
 
 
 def _causal(name: str, dtype: torch.dtype) -> nn.Module:
-    config = AutoConfig.from_pretrained(model_source(name))
-    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return AutoModelForCausalLM.from_config(_config(name), dtype=dtype, trust_remote_code=False)
 
 
 def _scalar(name: str, dtype: torch.dtype) -> nn.Module:
-    config = AutoConfig.from_pretrained(model_source(name), num_labels=1)
-    return AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+    config = _config(name, num_labels=1)
+    return AutoModelForSequenceClassification.from_config(config, dtype=dtype, trust_remote_code=False)
+
+
+def _config(name: str, **settings: Any) -> Any:
+    source = config_source(name)
+    with reading(source):
+        return AutoConfig.from_pretrained(source, trust_remote_code=False, **settings)

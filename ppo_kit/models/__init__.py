@@ -6,12 +6,12 @@ from ppo_kit.models.load import (
     load_causal_lm,
     load_scalar_model,
     load_tokenizer,
-    model_source,
-    save_model,
 )
 from ppo_kit.models.lora import LoRA
 from ppo_kit.models.policy import Policy, Reference
+from ppo_kit.models.save import save_model
 from ppo_kit.models.scoring import Bootstrap, Critic, RewardModel
+from ppo_kit.models.source import model_source
 from ppo_kit.models.vocabulary import check_embeddings, check_same_vocabulary, ids_with_token
 
 __all__ = [

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ppo_kit.functional import linear_token_log_probs
-from ppo_kit.models.load import model_source
+from ppo_kit.models.source import model_source
 from ppo_kit.models.policy import autocast
 from ppo_kit.models.scoring import RewardModel
 from ppo_kit.models.sequence import join
@@ -80,7 +80,7 @@ def language_head(name: str, model: PreTrainedModel) -> nn.Parameter:
         return model.get_input_embeddings().weight
     causal: Any
     causal, info = AutoModelForCausalLM.from_pretrained(
-        model_source(name), dtype=torch.float32, output_loading_info=True
+        model_source(name), dtype=torch.float32, output_loading_info=True, trust_remote_code=False
     )
     head = causal.get_output_embeddings()
     if {key for key, weight in causal.named_parameters() if weight is head.weight} & set(

