@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ppo_kit.functional import linear_token_log_probs
-from ppo_kit.models.source import model_source
 from ppo_kit.models.policy import autocast
 from ppo_kit.models.scoring import RewardModel
 from ppo_kit.models.sequence import join
+from ppo_kit.models.source import model_source
 
 
 class RewardWithLanguageHead(RewardModel):

@@ -1,7 +1,7 @@
 """Loading models and tokenizers by name, folder or Hub id, as float32 unless told otherwise.
 
-What is loaded is what was saved, or it is refused: weights that are missing or of another shape are named, and
-no code of a folder is run.
+What is loaded is what was saved, or it is refused: weights that are missing or of another shape are named,
+and no code of a folder is run.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def adapter_base(name: str) -> str | None:
         ValueError: the adapter names no base, or a folder that is not there.
     """
     file = find_adapter_config_file(model_source(name))
-    if file is None or (Path(file).parent / "config.json").is_file():  # a whole model with an adapter beside
+    if file is None or (Path(file).parent / "config.json").is_file():  # with an adapter beside it
         return None
     base = json.loads(Path(file).read_text()).get("base_model_name_or_path")
     if not base or (Path(base).is_absolute() and not Path(base).is_dir()):

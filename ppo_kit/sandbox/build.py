@@ -122,7 +122,7 @@ def _train_reward_model(folder: Path, policy: Path, seed: int, size: RewardSize)
             temperature=size.judge_temperature,
             seed=seed,
         )
-        reward, loss = RewardModel(load_scalar_model(str(policy))), PairwiseLoss()
+        reward, loss = RewardModel(load_scalar_model(str(policy), head="new")), PairwiseLoss()
         optimizer = Optimizer(reward, lr=size.lr, steps=size.steps, schedule="linear", weight_decay=0.01)
         batches = chain.from_iterable(
             pair_batches(

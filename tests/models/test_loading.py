@@ -26,7 +26,7 @@ HEADS = ["score", "v_head.summary", "v_head", "value_head"]
 
 @pytest.fixture
 def folder(tmp_path, tiny_model):
-    """``folder(changes, drop)``: a causal model whose files have other tensors in ``changes``, less ``drop``."""
+    """``folder(changes, drop)``: a causal model whose files hold ``changes`` as well, and not ``drop``."""
 
     def make(changes=None, drop=(), family="llama", scalar=False):
         save_model(tiny_model(family, scalar=scalar), sandbox_tokenizer(), tmp_path / "model")
