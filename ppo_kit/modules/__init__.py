@@ -12,7 +12,7 @@ from ppo_kit.modules.losses import (
     SquaredValueLoss,
 )
 from ppo_kit.modules.minibatches import micro_batches, minibatches, with_counts
-from ppo_kit.modules.objective import BatchLoss, ConstantMean, Counts, Objective, total_loss
+from ppo_kit.modules.objective import BatchLoss, ConstantMean, Counts, Objective, averaged_over, total_loss
 from ppo_kit.modules.penalties import (
     DropTruncated,
     LengthPenalty,
@@ -83,6 +83,7 @@ __all__ = [
     "SumScores",
     "TruncatedImportance",
     "Whiten",
+    "averaged_over",
     "micro_batches",
     "minibatches",
     "total_loss",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -32,7 +32,13 @@ class Counts:
 
 
 Aggregate = Callable[[Tensor, Tensor, Counts], Tensor]
-"""(loss [B,T], mask [B,T], counts) -> the batch's share of the step's loss. Shares of a split add up."""
+"""(loss [B,T], mask [B,T], counts) -> the batch's share of the step's loss. Shares of a split add up.
+
+An aggregate that divides by ``counts.sequences`` says so with an attribute ``over = "sequences"``.
+"""
+
+Over = Literal["tokens", "sequences"]
+"""What a loss is averaged over: its weight is the number of them when losses of minibatches are averaged."""
 
 
 def _tokens(loss: Tensor, mask: Tensor, counts: Counts) -> Tensor:
@@ -53,6 +59,7 @@ class ConstantMean:
     """
 
     length: int
+    over: ClassVar[Over] = "sequences"
 
     def __post_init__(self) -> None:
         if not self.length > 0:
@@ -73,6 +80,8 @@ class LossKeys(AggregateKeys, total=False):
 
     weight: float
 
+
+_sequences.over = "sequences"  # type: ignore[attr-defined]
 
 AGGREGATES: dict[str, Aggregate] = {"token_mean": _tokens, "sequence_mean": _sequences}
 """Aggregates that have a name. ``token_mean``: every token weighs the same (DAPO, TRL's PPO);
@@ -95,7 +104,11 @@ class BatchLoss(BatchModule):
     Args:
         weight: what the loss is multiplied with. Diagnostics are not.
         aggregate: ``"token_mean"``, ``"sequence_mean"``, or any ``Aggregate`` such as ``ConstantMean(512)``;
-            ``AGGREGATE`` of the class by default. Diagnostics are always averaged over tokens.
+            by default that of the ``Objective`` it is in, and without one the class's ``AGGREGATE``.
+            Diagnostics are always averaged over tokens.
+
+    Attributes:
+        over: what the loss is averaged over, ``"tokens"`` or ``"sequences"``.
 
     Raises:
         KeyError, ValueError: as ``BatchModule``.
@@ -111,16 +124,15 @@ class BatchLoss(BatchModule):
         **keys: Unpack[Keys],
     ) -> None:
         super().__init__(**keys)
-        aggregate = self.AGGREGATE if aggregate is None else aggregate
-        if isinstance(aggregate, str) and aggregate not in AGGREGATES:
-            raise ValueError(
-                f"{type(self).__name__}: aggregate got {aggregate!r}, "
-                f"needs one of {sorted(AGGREGATES)} or a callable"
-            )
         if "loss_mask" not in self.roles:
             raise ValueError(f"{type(self).__name__}: IN is {list(self.IN)}, needs 'loss_mask' in it")
         self.weight = weight
-        self.aggregate = AGGREGATES[aggregate] if isinstance(aggregate, str) else aggregate
+        self.has_own_aggregate = aggregate is not None
+        self.aggregate = _aggregate(self, self.AGGREGATE if aggregate is None else aggregate)
+
+    @property
+    def over(self) -> Over:
+        return getattr(self.aggregate, "over", "tokens")
 
     def forward(self, batch: TensorDictBase) -> TensorDict:
         inputs = self.read(batch)
@@ -139,17 +151,29 @@ class BatchLoss(BatchModule):
 class Objective(TensorDictModuleBase):
     """Several losses on one batch: one TensorDict with everything they return.
 
+    Args:
+        aggregate: how the losses that were not given an ``aggregate`` of their own become one number, as in
+            ``BatchLoss``; it takes the place of their class's. None leaves each its own.
+
     Raises:
         ValueError: two losses write the same key.
 
     >>> from ppo_kit.modules import EntropyBonus, SquaredValueLoss
-    >>> objective = Objective(SquaredValueLoss(weight=0.5), EntropyBonus(0.01))
+    >>> objective = Objective(SquaredValueLoss(), EntropyBonus(0.01, aggregate="token_mean"),
+    ...                       aggregate="sequence_mean")
     >>> objective.out_keys
     ['loss_value', 'loss_entropy']
+    >>> averaged_over(objective)
+    {'loss_value': 'sequences', 'loss_entropy': 'tokens'}
     """
 
-    def __init__(self, *losses: TensorDictModuleBase) -> None:
+    def __init__(self, *losses: TensorDictModuleBase, aggregate: str | Aggregate | None = None) -> None:
         super().__init__()
+        if aggregate is not None:
+            aggregate = _aggregate(self, aggregate)
+            for loss in losses:
+                if isinstance(loss, BatchLoss) and not loss.has_own_aggregate:
+                    loss.aggregate = aggregate
         self.losses = nn.ModuleList(losses)
         self.in_keys = list(dict.fromkeys(key for loss in losses for key in loss.in_keys))
         self.out_keys = [key for loss in losses for key in loss.out_keys]
@@ -164,6 +188,11 @@ class Objective(TensorDictModuleBase):
         return out
 
 
+def averaged_over(losses: nn.Module) -> dict[str, Over]:
+    """Each ``loss_*`` key of the ``BatchLoss`` modules in ``losses`` -> what it is averaged over."""
+    return {str(loss.out_keys[0]): loss.over for loss in losses.modules() if isinstance(loss, BatchLoss)}
+
+
 def total_loss(out: TensorDictBase) -> Tensor:
     """The sum of every ``loss_*`` of a loss module's output: what to call ``backward`` on.
 
@@ -175,6 +204,17 @@ def total_loss(out: TensorDictBase) -> Tensor:
     if not losses:
         raise KeyError(f"total_loss needs a 'loss_*'; the output holds {sorted(map(str, out.keys()))}")
     return torch.stack(losses).sum()
+
+
+def _aggregate(owner: object, aggregate: str | Aggregate) -> Aggregate:
+    if isinstance(aggregate, str) and aggregate in AGGREGATES:
+        return AGGREGATES[aggregate]
+    if isinstance(aggregate, str) or not callable(aggregate):
+        raise ValueError(
+            f"{type(owner).__name__}: aggregate got {aggregate!r}, "
+            f"needs one of {sorted(AGGREGATES)} or a callable"
+        )
+    return aggregate
 
 
 def _select(x: Tensor, mask: Tensor) -> Tensor:

@@ -11,48 +11,84 @@ from collections.abc import Mapping
 
 import torch
 from tensordict import TensorDictBase
-from torch import Tensor
+from torch import Tensor, nn
 
 from ppo_kit.batch import present_key
 from ppo_kit.modules.moments import Reduce, identity, reduced_moments
+from ppo_kit.modules.objective import averaged_over
 
 METRICS: dict[str, str] = {
     "step": "PPO step, counted from 1",
-    "score": "raw score of the reward model, mean over responses [reward-model units]",
+    "score": "raw score of the reward, mean over responses that it did not abstain on [reward units]",
     "gold_score": "gold reward of the same responses, where one exists, mean over responses [gold units]",
-    "kl": "KL(policy, reference) estimated from the sampled tokens, mean over tokens [nats per token]",
-    "perplexity": "exp of the mean negative log-probability of the response tokens under the policy "
-    "that drew them",
+    "score_mean": "running mean of the score that ScoreNormalize and ScoreScale hold [reward units]",
+    "score_std": "running standard deviation of the score that they hold [reward units]",
+    "abstained_fraction": "fraction of responses that the reward gave no score to [0 to 1]",
+    "kl": "KL(policy, reference) estimated from the sampled tokens, mean over actions [nats per token]",
+    "perplexity": "exp of the mean negative log-probability of the actions under the policy that drew them",
     "response_length": "length of a response with its end-of-sequence token, mean over responses [tokens]",
-    "policy_loss": "loss that the policy's optimizer steps on, mean over the step's minibatches",
-    "value_loss": "loss that the critic's optimizer steps on, mean over the step's minibatches",
-    "ratio": "π(token) / π_old(token), mean over tokens; 1 before the first optimizer step",
-    "clip_fraction": "fraction of tokens whose ratio left the clip range [0 to 1]",
-    "value_clip_fraction": "fraction of tokens whose value moved out of the value clip range [0 to 1]",
-    "approx_kl": "KL(π_old, π) of the update, estimator k3, mean over tokens [nats per token]",
-    "entropy": "entropy of the next-token distribution, mean over tokens [nats]",
-    "advantages": "advantage before it is normalized for the loss, mean over tokens [reward units]",
-    "returns": "return, the critic's target, mean over tokens [reward units]",
-    "values": "critic's value at rollout, mean over tokens [reward units]",
-    "explained_variance": "1 - Var(returns - values) / Var(returns) over tokens; 1 is a perfect critic, "
+    "policy_loss": "policy loss alone (not PTX, KL, entropy), mean over trained tokens of all minibatches; "
+    "over responses where the loss is a mean over sequences",
+    "value_loss": "loss of the critic, averaged as policy_loss",
+    "ptx_loss": "PTX loss, minus the log-probability of SFT text, times its weight, averaged as policy_loss",
+    "kl_loss": "KL to the reference as a loss, times its weight, averaged as policy_loss",
+    "entropy_loss": "entropy bonus as a loss, times its weight, averaged as policy_loss",
+    "ratio": "π(token) / π_old(token), mean over trained tokens; 1 before the first optimizer step",
+    "clip_fraction": "fraction of trained tokens whose gradient the clip stops: the ratio is out of the clip "
+    "range on the side that the advantage pushes it to [0 to 1]",
+    "value_clip_fraction": "fraction of trained tokens where the clipped error is the larger one, so that "
+    "the critic has no gradient [0 to 1]",
+    "approx_kl": "KL(π_old, π) of the update, estimator k3, mean over trained tokens [nats per token]",
+    "entropy": "entropy of the distribution that each action was drawn from, mean over actions [nats]",
+    "advantages": "advantage after the shaping chain, mean over actions [reward units, or none if whitened]",
+    "returns": "return, the critic's target, mean over actions [reward units]",
+    "values": "critic's value at rollout, mean over actions [reward units]",
+    "explained_variance": "1 - Var(returns - values) / Var(returns) over actions; 1 is a perfect critic, "
     "0 a constant one",
     "grad_norm": "global norm of the policy's gradient before clipping, mean over optimizer steps",
     "lr": "learning rate of the policy at the end of the step",
     "critic_lr": "learning rate of the critic at the end of the step",
-    "kl_coef": "weight of the KL penalty in the reward",
+    "kl_coef": "weight of the KL penalty in the reward of this step",
     "truncated_fraction": "fraction of responses that ended by length, without end-of-sequence [0 to 1]",
     "tokens_per_second": "response tokens generated and trained on per second of the whole step [tokens/s]",
     "seconds_rollout": "time spent generating [s]",
     "seconds_score": "time spent in the reward, reference and critic models [s]",
     "seconds_train": "time spent in optimizer steps [s]",
 }
-"""Name -> what it is, and its unit. The order is that of ``metrics.jsonl``; other names are refused there."""
+"""Name -> what it is, and its unit: the standard ones, in the order of ``metrics.jsonl``. Others may be
+logged beside them. ``docs/metrics.md`` is ``metrics_page()``."""
+
+
+def metrics_page() -> str:
+    """The text of ``docs/metrics.md``.
+
+    >>> "| `grad_norm` | global norm of the policy's gradient" in metrics_page()
+    True
+    """
+    rows = "\n".join(f"| `{name}` | {text} |" for name, text in METRICS.items())
+    return f"""# Metrics
+
+`metrics.jsonl` of a run folder holds one object per PPO step. Every average is one sum over one count, \
+over all tokens or all responses of the step and of all ranks; a value that is undefined is NaN. An *action* \
+is a token that the policy chose (`action_mask`), a *trained token* one that is in the loss (`loss_mask`); \
+see [batch.md](batch.md).
+
+| name | what it is [unit] |
+|---|---|
+{rows}
+
+Other names are logged as they are: `<name>_loss` for a loss `loss_<name>` of your own, and its diagnostics; \
+`score_<name>` for each part of a reward; what `metrics()` of a shaping part of your own returns.
+
+This page is `ppo_kit.monitor.metrics_page()`, made from the table `METRICS`.
+"""
 
 
 def rollout_metrics(batch: TensorDictBase, *, reduce: Reduce = identity) -> dict[str, float]:
     """The metrics that a finished rollout ``batch`` [B] determines, by the names of ``METRICS``.
 
-    Read where present: ``score``, ``gold_score`` [B]; ``truncated`` [B]; ``kl``, ``old_log_probs``,
+    Read where present: ``score``, ``gold_score`` and every ``score_<name>`` [B]; ``truncated``, ``abstained``
+    [B]; ``kl``, ``old_log_probs``,
     ``ref_log_probs``, ``old_values``, ``advantages``, ``returns``, ``entropy`` [B,T]. ``response_mask`` [B,T]
     is needed and gives the lengths; [B,T] quantities are averaged over ``action_mask`` where it is there.
     What is masked out may hold anything, NaN included. With M = Σ_bt mask:
@@ -60,6 +96,10 @@ def rollout_metrics(batch: TensorDictBase, *, reduce: Reduce = identity) -> dict
     - kl = Σ kl / M; without the key, k1: Σ (old_log_probs - ref_log_probs) / M
     - perplexity = exp(-Σ old_log_probs / M)
     - explained_variance = 1 - Var(returns - old_values) / Var(returns), NaN where the returns do not vary
+    - score: over rows where ``abstained`` is not True; score_<name>: by ``abstained_<name>`` where that is
+      there
+
+    The names of ``METRICS`` come first, in its order, then ``score_<name>``.
 
     ``reduce`` sums a float64 tensor over ranks, which all need the same keys: it is called for each.
 
@@ -83,8 +123,11 @@ def rollout_metrics(batch: TensorDictBase, *, reduce: Reduce = identity) -> dict
     for key in ("score", "gold_score", "kl", "entropy", "advantages", "returns"):
         if key in keys:
             quantities[key] = batch[key]
-    if "truncated" in keys:
-        quantities["truncated_fraction"] = batch["truncated"]
+    parts = sorted(str(key) for key in keys if str(key).startswith("score_") and batch[key].ndim == 1)
+    quantities |= {key: batch[key] for key in parts}
+    for key, name in (("truncated", "truncated_fraction"), ("abstained", "abstained_fraction")):
+        if key in keys:
+            quantities[name] = batch[key]
     if "old_values" in keys:
         quantities["values"] = batch["old_values"]
         if "returns" in keys:
@@ -93,9 +136,13 @@ def rollout_metrics(batch: TensorDictBase, *, reduce: Reduce = identity) -> dict
         quantities["old_log_probs"] = batch["old_log_probs"]
         if "ref_log_probs" in keys:
             quantities.setdefault("kl", batch["old_log_probs"] - batch["ref_log_probs"])
-    moments = {
-        name: reduced_moments(x, _valid(name, x, mask), reduce=reduce) for name, x in quantities.items()
-    }
+    valid = {name: _valid(name, x, mask) for name, x in quantities.items()}
+    for name in (name for name in ("score", *parts) if name in valid):
+        own = f"abstained{name.removeprefix('score')}"
+        key = own if own in keys else "abstained"
+        if key in keys:
+            valid[name] = valid[name] & ~batch[key]
+    moments = {name: reduced_moments(x, valid[name], reduce=reduce) for name, x in quantities.items()}
     # The moments of nothing are zeros; the mean of nothing is not.
     mean = {name: float(each.mean) if each.count > 0 else math.nan for name, each in moments.items()}
     if "old_log_probs" in mean:
@@ -105,7 +152,7 @@ def rollout_metrics(batch: TensorDictBase, *, reduce: Reduce = identity) -> dict
         # Below this the returns differ by float32 rounding only, and the quotient would be noise.
         varies = returns.m2 > 1e-12 * returns.count * returns.mean**2
         mean["explained_variance"] = float(1 - residual.m2 / returns.m2) if varies else math.nan
-    return {name: mean[name] for name in METRICS if name in mean}
+    return {name: mean[name] for name in (*METRICS, *parts) if name in mean}
 
 
 def _valid(name: str, x: Tensor, mask: Tensor) -> Tensor:
@@ -120,9 +167,10 @@ def _valid(name: str, x: Tensor, mask: Tensor) -> Tensor:
 class Averages:
     """Weighted means of training diagnostics over the minibatches of a step.
 
-    mean(name) = Σ_i w_i x_i / Σ_i w_i, in float64, where w_i is what x_i is itself a mean over: the valid
-    tokens of minibatch i for losses, ratios and fractions, 1 for what exists once per optimizer step. Nothing
-    is copied off the device before ``means``.
+    mean(name) = Σ_i w_i x_i / Σ_i w_i, in float64, where w_i is what x_i is itself a mean over: the trained
+    tokens of minibatch i for ratios, fractions and losses that are means over tokens, its responses for
+    losses that are means over sequences, 1 for what exists once per optimizer step. Nothing is copied off the
+    device before ``means``.
 
     >>> averages = Averages()
     >>> averages.add({"policy_loss": 1.0, "ratio": 1.0}, weight=30)
@@ -153,17 +201,30 @@ class Averages:
             term = torch.stack([torch.where(w > 0, x * w, 0.0), w])
             self._sums[name] = self._sums[name] + term if name in self._sums else term
 
-    def add_shares(self, out: Mapping[str, Tensor], piece: TensorDictBase) -> None:
+    def add_shares(
+        self, out: Mapping[str, Tensor], piece: TensorDictBase, *, of: nn.Module | None = None
+    ) -> None:
         """Count what a loss module returned for ``piece``, ``loss_policy`` under the name ``policy_loss``.
 
         The module's outputs are shares: sums over the piece's tokens over the tokens of the whole minibatch
-        (``num_tokens``), so those of the pieces add up to the minibatch's mean.
+        (``num_tokens``; or responses and ``num_sequences``), so those of the pieces add up to the minibatch's
+        mean.
+
+        Args:
+            of: the loss or ``Objective`` that returned ``out``, which says what each loss is a mean over (its
+                ``over``). Without it every output counts as a mean over tokens.
         """
-        tokens, whole = piece[present_key(piece, "loss_mask")].sum(), piece["num_tokens"][0]
+        mask = piece[present_key(piece, "loss_mask")]
+        counts = {
+            "tokens": (mask.sum(), piece["num_tokens"][0]),
+            "sequences": (mask.any(1).sum(), piece["num_sequences"][0]),
+        }
+        over = {} if of is None else averaged_over(of)
         for key, value in out.items():
             name = f"{key.removeprefix('loss_')}_loss" if key.startswith("loss_") else key
+            here, whole = counts[over.get(key, "tokens")]
             # With w = tokens of the piece, w x is the piece's sum: the share times the whole.
-            self.add({name: value * whole / tokens}, weight=tokens)
+            self.add({name: value * whole / here}, weight=here)
 
     def means(self, *, reduce: Reduce = identity) -> dict[str, float]:
         """The means so far; NaN for a name whose weights sum to 0.

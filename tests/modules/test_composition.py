@@ -10,11 +10,13 @@ from tensordict.nn import TensorDictSequential
 
 from ppo_kit.modules import (
     GAE,
+    GMPO,
     AdaptiveKL,
     BatchLoss,
     Clip,
     ClippedSurrogate,
     ClippedValueLoss,
+    ConstantMean,
     EntropyBonus,
     KLLoss,
     KLPenalty,
@@ -26,6 +28,7 @@ from ppo_kit.modules import (
     ScoreNormalize,
     SquaredValueLoss,
     Whiten,
+    averaged_over,
     total_loss,
     with_counts,
 )
@@ -144,6 +147,29 @@ def test_objective_refuses_two_losses_of_one_name():
     Objective(SquaredValueLoss(), SquaredValueLoss(out_keys=["loss_value_2"]))
     with pytest.raises(KeyError, match=r"total_loss needs a 'loss_\*'; the output holds \['ratio'\]"):
         total_loss(TensorDict({"ratio": torch.zeros(())}))
+
+
+def test_an_objective_sets_the_aggregate_of_losses_without_their_own():
+    batch = some_batch()
+    objective = Objective(
+        ClippedSurrogate(), KLLoss(0.1, aggregate="token_mean"), GMPO(out_keys=["loss_b", "b", "c", "d"]),
+        aggregate="sequence_mean",
+    )  # fmt: skip
+    assert averaged_over(objective) == {
+        "loss_policy": "sequences",
+        "loss_kl": "tokens",
+        "loss_b": "sequences",
+    }
+    out = objective(batch)
+    assert out["loss_policy"] == ClippedSurrogate(aggregate="sequence_mean")(batch)["loss_policy"]
+    assert out["loss_kl"] == KLLoss(0.1)(batch)["loss_kl"]
+    # Its own sequence mean is the class's default, not a choice of the user.
+    assert averaged_over(Objective(GMPO(), aggregate="token_mean")) == {"loss_policy": "tokens"}
+    constant = Objective(SquaredValueLoss(), aggregate=ConstantMean(3))
+    assert constant(batch)["loss_value"] == SquaredValueLoss(aggregate=ConstantMean(3))(batch)["loss_value"]
+    for bad in ("mean", 3):
+        with pytest.raises(ValueError, match=f"Objective: aggregate got {bad!r}, needs one of"):
+            Objective(SquaredValueLoss(), aggregate=bad)
 
 
 def test_diagnostics_carry_no_gradient():

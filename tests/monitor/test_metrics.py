@@ -2,13 +2,25 @@
 
 import math
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
 from tensordict import TensorDict
 
-from ppo_kit.modules import ClippedValueLoss, micro_batches, minibatches
-from ppo_kit.monitor import METRICS, Averages, rollout_metrics
+from ppo_kit.modules import (
+    ClippedValueLoss,
+    ConstantMean,
+    EntropyBonus,
+    KLLoss,
+    LanguageModelLoss,
+    Objective,
+    SquaredValueLoss,
+    micro_batches,
+    minibatches,
+    with_counts,
+)
+from ppo_kit.monitor import METRICS, Averages, metrics_page, rollout_metrics
 
 
 def make_batch(*, rows=5, length=7, garbage=float("nan")):
@@ -122,21 +134,91 @@ def test_averages_of_nothing_and_of_nan():
         averages.add({"ratio": torch.ones(2)}, weight=1)
 
 
-@pytest.mark.parametrize("aggregate", ["token_mean", "sequence_mean"])
+@pytest.mark.parametrize("aggregate", ["token_mean", "sequence_mean", ConstantMean(7)])
 def test_shares_of_pieces_add_up_to_the_minibatches_mean(aggregate):
     batch = make_batch(rows=8)
     batch["values"] = batch["old_values"] + 0.3
     loss = ClippedValueLoss(clip=0.2, aggregate=aggregate)
     whole, pieces = Averages(), Averages()
     for minibatch in minibatches(batch, 6, generator=torch.Generator()):
-        whole.add_shares(loss(minibatch), minibatch)
+        whole.add_shares(loss(minibatch), minibatch, of=loss)
         for piece in micro_batches(minibatch, 1):
-            pieces.add_shares(loss(piece), piece)
+            pieces.add_shares(loss(piece), piece, of=loss)
     assert set(whole.means()) == {"value_loss", "value_clip_fraction"} <= set(METRICS)
     assert pieces.means() == pytest.approx(whole.means())
-    if aggregate == "token_mean":
-        clipped = loss(batch.exclude("num_tokens", "num_sequences"))
-        assert whole.means()["value_loss"] == pytest.approx(clipped["loss_value"].item(), rel=1e-5)
+    # Minibatches of 6 and 2 rows: the mean over all is that of one batch, by tokens or by responses.
+    clipped = loss(batch.exclude("num_tokens", "num_sequences"))
+    assert whole.means()["value_loss"] == pytest.approx(clipped["loss_value"].item(), rel=1e-5)
+    assert whole.means()["value_clip_fraction"] == pytest.approx(clipped["value_clip_fraction"].item())
+
+
+def test_a_mean_over_tokens_is_counted_as_before_bit_for_bit():
+    batch = make_batch(rows=8)
+    batch["values"] = batch["old_values"] + 0.3
+    loss = ClippedValueLoss(clip=0.2)
+    named, plain = Averages(), Averages()
+    for minibatch in minibatches(batch, 3, generator=torch.Generator()):
+        named.add_shares(loss(minibatch), minibatch, of=Objective(loss))
+        tokens = minibatch["response_mask"].sum()
+        for key, value in loss(minibatch).items():
+            name = {"loss_value": "value_loss"}.get(key, key)
+            plain.add({name: value * minibatch["num_tokens"][0] / tokens}, weight=tokens)
+    assert named.means() == plain.means()
+
+
+def test_shares_are_over_trained_tokens():
+    batch = make_batch(rows=4)
+    batch["loss_mask"] = batch["response_mask"] & ~batch["truncated"][:, None]
+    batch["values"] = batch["old_values"] + 0.3
+    loss, averages = SquaredValueLoss(), Averages()
+    for piece in micro_batches(with_counts(batch), 1):
+        averages.add_shares(loss(piece), piece, of=loss)
+    kept = loss(batch[~batch["truncated"]].exclude("num_tokens", "num_sequences", "loss_mask"))
+    assert averages.means()["value_loss"] == pytest.approx(kept["loss_value"].item(), rel=1e-5)
+
+
+def test_every_loss_of_an_objective_is_logged_under_its_name():
+    batch = make_batch()
+    batch["log_probs"] = batch["old_log_probs"]
+    losses = Objective(EntropyBonus(0.1), LanguageModelLoss(), KLLoss(0.1), aggregate="sequence_mean")
+    averages = Averages()
+    averages.add_shares(losses(with_counts(batch)), batch, of=losses)
+    assert list(averages.means()) == ["entropy_loss", "ptx_loss", "kl_loss"]
+    assert set(averages.means()) <= set(METRICS)
+
+
+def test_tokens_that_are_no_actions_leave_the_statistics_and_not_the_lengths():
+    batch = make_batch()
+    holes = batch["response_mask"] & (torch.arange(7) % 2 == 0)
+    with_holes = rollout_metrics(batch.clone().set("action_mask", holes))
+    without = rollout_metrics(batch.clone().set("response_mask", holes))
+    assert with_holes.pop("response_length") == rollout_metrics(batch)["response_length"]
+    without.pop("response_length")
+    assert with_holes == without
+
+
+def test_rows_that_the_reward_abstained_on_have_no_score():
+    batch = make_batch(rows=4)
+    batch["score"] = torch.tensor([1.0, math.nan, 3.0, 0.0])
+    batch["score_helpful"] = torch.tensor([1.0, 2.0, math.nan, 4.0])
+    batch["score_brief"] = torch.tensor([1.0, 2.0, 6.0, 4.0])
+    batch["score_per_token"] = torch.zeros(4, 7)
+    batch["abstained"] = torch.tensor([False, True, False, True])
+    batch["abstained_helpful"] = torch.tensor([False, False, True, False])
+    metrics = rollout_metrics(batch)
+    assert metrics["score"] == 2.0
+    assert metrics["abstained_fraction"] == 0.5
+    assert metrics["score_helpful"] == pytest.approx(7 / 3)
+    assert metrics["score_brief"] == 3.5
+    assert "score_per_token" not in metrics
+    assert list(metrics)[-2:] == ["score_brief", "score_helpful"]
+    batch["abstained"] = torch.ones(4, dtype=torch.bool)
+    assert math.isnan(rollout_metrics(batch)["score"])
+
+
+def test_the_page_is_the_table():
+    page = Path(__file__).parents[2] / "docs" / "metrics.md"
+    assert page.read_text() == metrics_page(), "write ppo_kit.monitor.metrics_page() to docs/metrics.md"
 
 
 def test_every_metric_is_explained_in_one_line():
