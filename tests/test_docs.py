@@ -31,7 +31,15 @@ def test_the_parts_page_names_every_part():
 
     text = (ROOT / "docs" / "components.md").read_text()
     plumbing = {"BatchLoss", "BatchModule", "Counts", "KLController", "Objective", "ResponseAdvantage"}
-    plumbing |= {"micro_batches", "minibatches", "total_loss", "with_counts", "DropTruncated"}
+    plumbing |= {
+        "micro_batches",
+        "minibatches",
+        "total_loss",
+        "with_counts",
+        "DropTruncated",
+        "averaged_over",
+        "Shaping",
+    }
     plumbing |= {"masked_mean", "masked_sum", "masked_var", "zero_masked", "last_valid"}
     plumbing |= {"token_log_probs", "token_entropy"}
     assert {name for name in (*functional.__all__, *modules.__all__) if name not in text} <= plumbing
