@@ -1,4 +1,4 @@
-"""The Python of the pages on models and rewards runs, from top to bottom."""
+"""The Python of the page on models runs, from top to bottom."""
 
 from __future__ import annotations
 
@@ -7,15 +7,11 @@ from pathlib import Path
 
 import pytest
 
-DOCS = Path(__file__).parents[2] / "docs"
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
 
-@pytest.mark.parametrize("page", ["rewards.md", "models.md"])
-def test_the_pages_examples_run(page, capsys):
-    if page == "models.md":
-        pytest.importorskip("peft", reason="peft is not installed")
-    blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
+def test_the_pages_examples_run():
+    pytest.importorskip("peft", reason="peft is not installed")
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert blocks
-    exec(compile("\n".join(blocks), page, "exec"), {"__name__": page})
-    if page == "rewards.md":
-        assert "tensor([0.0909, 0.2500])" in capsys.readouterr().out
+    exec(compile("\n".join(blocks), PAGE.name, "exec"), {"__name__": "models_page"})
