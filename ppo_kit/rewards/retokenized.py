@@ -15,7 +15,8 @@ from ppo_kit.data import BadRow, Chat, Dialogue, Markers, pad_ids, render
 from ppo_kit.models.scoring import RewardModel
 from ppo_kit.models.vocabulary import check_embeddings
 from ppo_kit.modules.base import BatchModule
-from ppo_kit.rewards.text_reward import decode
+from ppo_kit.rewards.columns import column
+from ppo_kit.rewards.text_reward import decode, short
 
 logger = logging.getLogger(__name__)
 Ending = Literal["template", "end_of_turn"]
@@ -39,8 +40,9 @@ class RetokenizedReward(BatchModule):
         micro_batch_size: dialogues a forward.
 
     Raises:
-        ValueError: the tokenizer has no chat template, or more tokens than the model has rows; a dialogue is
-            longer than the model's positions, with row and both numbers.
+        ValueError: the tokenizer has no chat template, or more tokens than the model has rows; a dialogue
+            cannot be written in the template, with its row and text; one is longer than the model's
+            positions, with row and both numbers.
         KeyError: the batch has no ``messages``.
     """
 
@@ -74,14 +76,12 @@ class RetokenizedReward(BatchModule):
     @torch.no_grad()
     def forward(self, batch: TensorDictBase) -> TensorDictBase:
         response_ids, response_mask = self.read(batch)
-        if "messages" not in batch:
-            held = sorted(map(str, batch.keys()))
-            raise KeyError(f"RetokenizedReward needs 'messages', a dialogue a row; the batch holds {held}")
+        dialogues = column(batch, "messages", "RetokenizedReward")
         answers = decode(self.policy_tokenizer, response_ids, response_mask)
         cut = batch["truncated"].tolist() if "truncated" in batch else [False] * len(answers)
         rows = [
-            self.encode(list(messages), answer, truncated=truncated)
-            for messages, answer, truncated in zip(batch["messages"], answers, cut, strict=True)
+            self._encode_row(row, *parts)
+            for row, parts in enumerate(zip(dialogues, answers, cut, strict=True))
         ]
         self._check_lengths(rows)
         scores = [
@@ -106,6 +106,15 @@ class RetokenizedReward(BatchModule):
             ids = [*self.chat.encode(prompt.text + answer), self.chat.end_ids[0]]
         return ids[:-1] if truncated else ids
 
+    def _encode_row(self, row: int, messages: Dialogue, answer: str, truncated: bool) -> list[int]:
+        try:
+            return self.encode(list(messages), answer, truncated=truncated)
+        except Exception as error:  # of the template, which may raise anything, or of messages that are none
+            raise ValueError(
+                f"RetokenizedReward: row {row} cannot be encoded: {type(error).__name__}: {error}; "
+                f"messages {short(messages)}, response {short(answer)}"
+            ) from error
+
     def _say_what_is_left_out(self, turns: Dialogue) -> None:
         role = self.chat.left_out(turns)
         if role and role not in self._said:
@@ -122,4 +131,7 @@ class RetokenizedReward(BatchModule):
         limit = getattr(self.reward.model.config, "max_position_embeddings", None)
         for row, ids in enumerate(rows):
             if limit is not None and len(ids) > limit:
-                raise ValueError(f"row {row} has {len(ids)} tokens for the reward model, which takes {limit}")
+                raise ValueError(
+                    f"RetokenizedReward: row {row} has {len(ids)} tokens for the reward model, which takes "
+                    f"{limit}"
+                )

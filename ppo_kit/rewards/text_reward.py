@@ -87,7 +87,7 @@ class TextReward(BatchModule):
         responses = decode(self.tokenizer, response_ids, response_mask)
 
         def fail(row: int, what: str) -> str:
-            texts = f"prompt {_short(prompts[row])}, response {_short(responses[row])}"
+            texts = f"prompt {short(prompts[row])}, response {short(responses[row])}"
             return f"reward {self.name}: row {row} {what}; {texts}"
 
         try:
@@ -202,8 +202,10 @@ def _is_number_like(value: Any) -> bool:
     return True
 
 
-def _short(text: str, limit: int = 200) -> str:
-    return repr(text if len(text) <= limit else text[:limit] + "…")
+def short(value: object, limit: int = 200) -> str:
+    """How ``value`` is shown in a message."""
+    text = repr(value)
+    return text if len(text) <= limit else text[:limit] + "…"
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Tensor, mask: Tensor) -> list[str]:

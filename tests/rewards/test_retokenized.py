@@ -166,7 +166,9 @@ def test_what_the_reward_models_template_leaves_out_is_said_once(model, caplog):
 
 def test_what_is_missing_or_too_long_is_named(model, batch):
     module = RetokenizedReward(model, REWARD, POLICY)
-    with pytest.raises(KeyError, match=r"needs 'messages', a dialogue a row; the batch holds \['group_id'"):
+    with pytest.raises(
+        KeyError, match=r"RetokenizedReward needs the column 'messages'; the batch holds \['gr"
+    ):
         module(batch.exclude("messages"))
     model.config.max_position_embeddings = 100
     with pytest.raises(ValueError, match=r"row 1 has 1.. tokens for the reward model, which takes 100"):
@@ -179,6 +181,36 @@ def test_what_is_missing_or_too_long_is_named(model, batch):
         RetokenizedReward(model, REWARD, POLICY, ending="none")
     with pytest.raises(ValueError, match=r"tokenizer has 1.. tokens, the model 128 input embedding rows"):
         RetokenizedReward(model, POLICY, POLICY)
+
+
+def test_any_batch_with_the_column_is_scored(model, batch):
+    module = RetokenizedReward(model, REWARD, POLICY)
+    whole = module(batch.clone())["score"]
+    torch.testing.assert_close(module(batch[1:].clone())["score"], whole[1:])
+    batch["messages"] = NonTensorStack(*[DIALOGUES[0]] * 2)  # all rows alike
+    torch.testing.assert_close(module(batch)["score"][0], whole[0])
+
+
+@pytest.mark.parametrize(
+    ("messages", "says"),
+    [
+        ([{"role": "user"}], "KeyError: 'content'"),
+        ("hello", "TypeError"),
+        (None, "TypeError"),
+        ([{"role": "narrator", "content": "once"}], "I know no narrator"),
+    ],
+)
+def test_a_row_that_cannot_be_written_is_named(model, batch, messages, says):
+    strict = characters()
+    strict.chat_template = (
+        "{% for m in messages if m['role'] == 'narrator' %}{{ raise_exception('I know no narrator') }}"
+        "{% endfor %}" + CHATML
+    )
+    batch["messages"] = NonTensorStack(DIALOGUES[0], messages)
+    with pytest.raises(ValueError, match=r"RetokenizedReward: row 1 cannot be encoded: ") as caught:
+        RetokenizedReward(model, strict, POLICY)(batch)
+    assert says in str(caught.value)
+    assert ANSWERS[1] in str(caught.value)
 
 
 def test_vocabularies(model):
