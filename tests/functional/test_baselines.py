@@ -84,11 +84,43 @@ def test_a_group_of_one() -> None:
     assert not optimal_baseline(score, alone, torch.tensor([3, 4])).any()
 
 
-def test_equal_scores_have_no_advantage_however_they_round() -> None:
+@pytest.mark.parametrize("eps", [0.0, 1e-12])
+def test_equal_scores_have_no_advantage_however_they_round(eps: float) -> None:
     """Subtracting a rounded mean leaves 1e-8, which a division by eps makes a signal."""
-    score, group_id = torch.full((7,), 10.1), torch.zeros(7, dtype=torch.long)
-    assert not group_normalize(score, group_id, eps=1e-12).any()
+    score, group_id = torch.full((7,), 10.1, requires_grad=True), torch.zeros(7, dtype=torch.long)
+    advantages = group_normalize(score, group_id, eps=eps)
+    assert not advantages.any()
+    assert torch.autograd.grad(advantages[0], score)[0].isfinite().all()
     assert not leave_one_out(score, group_id).any()
+
+
+@pytest.mark.parametrize("size", [1e-20, 1.0, 1e25, 1e38])
+def test_scores_of_any_size(size: float) -> None:
+    """In float32, which holds no square of 1e25."""
+    score, group_id = size * torch.tensor([-1.0, 0.0, 1.0]), torch.zeros(3, dtype=torch.long)
+    torch.testing.assert_close(group_normalize(score, group_id, eps=0.0), torch.tensor([-1.0, 0.0, 1.0]))
+    torch.testing.assert_close(leave_one_out(score, group_id) / size, torch.tensor([-1.5, 0.0, 1.5]))
+    weighted = optimal_baseline(score, group_id, torch.tensor([2, 1, 1]))
+    torch.testing.assert_close(weighted / size, torch.tensor([-0.75, 0.25, 1.25]))
+
+
+@property_test(groups=groups, seed=st.integers(0, 99))
+def test_a_response_that_does_not_count_is_as_if_it_were_not_there(
+    groups: tuple[Tensor, Tensor, Tensor], seed: int
+) -> None:
+    """Whatever its group and score; it gets 0 itself. (Ids may be negative, so no id can mark it.)"""
+    score, group_id, lengths = groups
+    mask = torch.rand(len(score), generator=torch.Generator().manual_seed(seed)) < 0.6
+    spoiled = torch.where(mask, score, float("nan"))
+    for fn, more in ((leave_one_out, ()), (group_normalize, ()), (optimal_baseline, (lengths,))):
+        got = fn(spoiled, group_id, *more, mask=mask)
+        torch.testing.assert_close(got[mask], fn(score[mask], group_id[mask], *(x[mask] for x in more)))
+        assert not got[~mask].any()
+
+
+def test_a_group_id_of_minus_one_is_a_group() -> None:
+    score, group_id = torch.tensor([9.0, 1.0, 3.0]), torch.tensor([7, -1, -1])
+    assert leave_one_out(score, group_id, mask=torch.tensor([False, True, True])).tolist() == [0.0, -2.0, 2.0]
 
 
 def test_eps_is_added_to_the_deviation() -> None:
@@ -114,6 +146,11 @@ def test_responses_without_a_token_weigh_nothing() -> None:
     score, group_id = torch.tensor([1.0, 2.0]), torch.tensor([0, 0])
     assert optimal_baseline(score, group_id, torch.tensor([0, 0])).tolist() == [0.0, 0.0]
     assert optimal_baseline(score, group_id, torch.tensor([0, 1])).tolist() == [-1.0, 0.0]
+    assert optimal_baseline(score, group_id, torch.tensor([0.1, 0.3])).tolist() == pytest.approx(
+        [-0.75, 0.25]
+    )
+    failed = torch.tensor([float("nan"), 2.0])
+    assert optimal_baseline(failed, group_id, torch.tensor([0, 1]))[1].item() == 0
 
 
 def test_gradients() -> None:
@@ -157,6 +194,11 @@ def test_bad_input_is_named() -> None:
             fn(score, score)
         with pytest.raises(ValueError, match=r"^group_id: got shape \[2\], needs \[3\]"):
             fn(score, group_id[:2])
+    for fn, more in ((leave_one_out, ()), (group_normalize, ()), (optimal_baseline, (group_id,))):
+        with pytest.raises(ValueError, match=r"^mask: got torch.int64, needs torch.bool"):
+            fn(score, group_id, *more, mask=group_id)
+        with pytest.raises(ValueError, match=r"^mask: got shape \[2\], needs \[3\] as in score"):
+            fn(score, group_id, *more, mask=group_id[:2].bool())
     with pytest.raises(ValueError, match=r"^eps: got -1, needs a number in \[0, inf\)"):
         group_normalize(score, group_id, eps=-1)
     with pytest.raises(ValueError, match=r"^lengths: got shape \[2\], needs \[3\] as in score"):

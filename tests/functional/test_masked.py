@@ -92,12 +92,36 @@ def test_nothing_valid_gives_zero_and_no_gradient() -> None:
     assert not x.grad.any()
 
 
-@pytest.mark.parametrize("x", [[[2.5]], [[1e6] * 5]], ids=["one slot", "a constant"])
-def test_whitening_without_spread_divides_by_no_zero(x: list[list[float]]) -> None:
-    values = torch.tensor(x)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("eps", [0.0, 1e-8])
+@pytest.mark.parametrize("value", [2.5, -1000.1, 0.1, 1e4])
+@pytest.mark.parametrize("count", [1, 3, 30])
+def test_equal_values_have_no_spread(value: float, count: int, eps: float, dtype: torch.dtype) -> None:
+    """Exactly none: what a rounded mean leaves, divided by √eps, would be a signal."""
+    values = torch.full((2, count), value, dtype=dtype)
     mask = torch.ones_like(values, dtype=torch.bool)
-    assert not whiten(values, mask).any()
-    assert torch.equal(whiten(values, mask, shift_mean=False), values)
+    mask[1, 0] = count == 1
+    assert masked_var(values, mask).item() == 0
+    assert not masked_var(values, mask, 1).any()
+    assert not whiten(values, mask, eps=eps).any()
+    kept = whiten(values, mask, eps=eps, shift_mean=False)
+    assert torch.equal(kept, torch.where(mask, values, 0.0).to(kept.dtype))
+
+
+@pytest.mark.parametrize("size", [1e-20, 1.0, 1e25, 3e38])
+def test_values_of_any_size_are_whitened(size: float) -> None:
+    """In float32, which holds no square of 1e25; eps is far below the variance, or 0."""
+    x, mask = size * torch.tensor([[-1.0, 0.0, 1.0]]), torch.ones(1, 3, dtype=torch.bool)
+    torch.testing.assert_close(whiten(x, mask, eps=0.0), torch.tensor([[-1.0, 0.0, 1.0]]))
+    if size >= 1:
+        torch.testing.assert_close(whiten(x, mask), torch.tensor([[-1.0, 0.0, 1.0]]))
+    assert masked_mean(x[:, [0, 2, 2, 2]], mask.new_ones(1, 4)).item() == pytest.approx(size / 2)
+
+
+def test_a_mean_far_from_zero_keeps_the_spread() -> None:
+    x, mask = torch.tensor([[10000.0, 10001.0, 10002.0]]), torch.ones(1, 3, dtype=torch.bool)
+    torch.testing.assert_close(whiten(x, mask), torch.tensor([[-1.0, 0.0, 1.0]]))
+    assert masked_var(x, mask).item() == pytest.approx(1.0)
 
 
 def test_whitening_is_shift_and_scale_free() -> None:
