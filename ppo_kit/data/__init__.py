@@ -1,5 +1,6 @@
 """Dialogues in: rows of files, prompts, preference pairs, supervised text. See ``docs/data.md``."""
 
+from .bad_rows import BadRow, OnBadRow, RowReport
 from .batches import collate_pairs, pair_batches, plan_pairs
 from .chat import Chat, Written
 from .check import Contents, check_file
@@ -20,7 +21,7 @@ from .load import load_dialogues, load_pairs, load_prompts
 from .marks import Markers, end_ids, end_of_turn_id
 from .order import epoch_order, step_rows
 from .padding import pad_answers, pad_ids, pad_prompts
-from .rows import BadRow, OnBadRow, RowReport, Source, read_rows
+from .rows import Source, read_rows
 from .split import count_prompts, split_rows, without_prompts
 from .stream import Stream
 from .template import render

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from .bad_rows import BadRow
 from .formats import Dialogue
 from .marks import Markers, added_marks, end_ids, first_mark
-from .rows import BadRow
 from .template import name_of, probe, render
 
 if TYPE_CHECKING:

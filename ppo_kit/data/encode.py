@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from .bad_rows import BadRow, RowReport
 from .chat import Chat, Written
 from .formats import Dialogue, answer_of, columns_of, left_out, pair_of, prompt_of, row_format
 from .items import Answered, Pair, Prompt
-from .rows import BadRow, RowReport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias, TypedDict
 
 from ppo_kit.batch import SCHEMA
 
-from .rows import BadRow
+from .bad_rows import BadRow
 
 DIALOGUE_KEYS = frozenset({"chosen", "messages", "prompt", "rejected", "system"})
 """Keys of a row that its dialogue is made of; every other key is a column of the user's own."""
@@ -49,7 +49,7 @@ def row_format(row: Any) -> Format:
     >>> row_format({"text": "Hi"})
     Traceback (most recent call last):
     ...
-    ppo_kit.data.rows.BadRow: unknown format: no `chosen`, `messages` or `prompt` among the keys ['text']
+    ppo_kit.data.bad_rows.BadRow: unknown format: no `chosen`, `messages` or `prompt` among the keys ['text']
     """
     if isinstance(row, list) and row and all(isinstance(turn, str) for turn in row):
         return "moss" if len(row) % 2 else "moss-answered"

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple, Protocol, TypeVar, overload
 
 from tensordict import TensorDict
 
+from .bad_rows import RowReport
 from .formats import Dialogue
 from .order import step_rows
 from .padding import pad_answers
-from .rows import RowReport
 
 
 class Prompt(list[int]):

@@ -6,9 +6,10 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from .bad_rows import BadRow, OnBadRow, RowReport
 from .encode import Encoder, TooLong
 from .items import Dialogues, Pairs, Prompts
-from .rows import BadRow, OnBadRow, RowReport, Source, place, read_rows, source_name
+from .rows import Source, place, read_rows, source_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

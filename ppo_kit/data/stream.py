@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
+from .bad_rows import BadRow, RowReport
 from .order import permutation
-from .rows import BadRow, RowReport, Source, decode_row, place, read_raw, source_name
+from .rows import Source, decode_row, place, read_raw, source_name
 
 logger = logging.getLogger(__name__)
 Item = TypeVar("Item")

@@ -7,8 +7,8 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from .bad_rows import BadRow
 from .formats import Dialogue
-from .rows import BadRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

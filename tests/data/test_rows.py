@@ -30,6 +30,66 @@ def test_a_json_file_of_one_row_a_line_is_read_as_such(tmp_path: Path) -> None:
     assert list(read_rows(path)) == [(1, {"prompt": "a"}), (3, {"prompt": "b"})]
 
 
+PRETTY = {"messages": [{"role": "user", "content": "a\n{"}], "id": [1, {"b": None}]}
+SEVERAL: dict[str, tuple[str, list[tuple[int, Any]]]] = {
+    "one object": (json.dumps(PRETTY, indent=2), [(1, PRETTY)]),
+    "one object behind blank lines": ("\n\n" + json.dumps(PRETTY, indent="\t") + "\n\n", [(3, PRETTY)]),
+    "objects one after the other": (
+        json.dumps({"a": 1}, indent=1) + "\n" + json.dumps({"b": 2}, indent=1) + '{"c": 3}',
+        [(1, {"a": 1}), (4, {"b": 2}), (6, {"c": 3})],
+    ),
+    "a list, printed": (json.dumps([PRETTY, 5], indent=1), [(2, PRETTY), (16, 5)]),
+    "an empty list": ("[ \n ]\n", []),
+    "numbers": ("[1,22 ,\n333]", [(1, 1), (1, 22), (2, 333)]),
+    "a row a line": ('{"a": 1}\n{"b":\n', [(1, {"a": 1})]),
+    "nothing": ("", []),
+    "spaces": (" \n \n", []),
+}
+
+
+@pytest.mark.parametrize(("text", "rows"), SEVERAL.values(), ids=SEVERAL)
+@pytest.mark.parametrize("chunk", [1, 7, 2**20])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_json_over_several_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, rows: Any, chunk: int, mark: bytes
+) -> None:
+    monkeypatch.setattr("ppo_kit.data.files.CHUNK", chunk)
+    path = tmp_path / "rows.json"
+    path.write_bytes(mark + text.encode())
+    assert list(read_rows(path, report=RowReport("skip"))) == rows
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{\n"a": 1,\n"b" 2}', "rows.json:3: not JSON: Expecting ':' delimiter"),
+        ('{\n"a": [1,\n2', "rows.json:3: not JSON"),
+        ('{\n"a": 1}\n5 6 x', "rows.json:3: not JSON: Expecting value"),
+        ("[1,\n\n2 3]", "rows.json:3: not JSON: more text after a row"),
+        ("[" * 10**5, "rows.json:1: not JSON"),
+    ],
+)
+@pytest.mark.parametrize("chunk", [1, 2**20])
+def test_what_is_wrong_in_a_json_text_is_named_by_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str, chunk: int
+) -> None:
+    if chunk == 1 and len(text) > 10**4:
+        chunk = 1000
+    monkeypatch.setattr("ppo_kit.data.files.CHUNK", chunk)
+    path = tmp_path / "rows.json"
+    path.write_text(text)
+    with pytest.raises(BadRow) as stopped:
+        list(read_rows(path, report=RowReport("skip")))
+    assert str(stopped.value).startswith(f"{tmp_path}/{message}")
+
+
+def test_a_list_that_is_not_utf8_stops_at_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_bytes(b'["a",\n"b\xff"]')
+    with pytest.raises(BadRow, match=r"rows\.json:2: not UTF-8"):
+        list(read_rows(path, report=RowReport("skip")))
+
+
 def test_blank_lines_and_a_byte_order_mark_are_passed_over_and_lines_still_count(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\r\n  \n{"prompt": "b"}')

@@ -126,7 +126,8 @@ def test_check_counts_formats_uses_lengths_duplicates_and_bad_rows(
         "preference": 1,
     }
     assert contents.uses == {"prompts": 8, "dialogues": 6, "pairs": 1}
-    assert contents.duplicates == [(3, 2)]
+    assert contents.duplicates == [(3, 2), (5, 2)]  # a MOSS list may say what messages say
+    assert contents.prompts == 2
     assert [bad.where for bad in contents.bad] == [f"{path}:{line}" for line in (6, 7, 9, 10)]
     assert max(contents.lengths["prompt"]) == 8
     assert check_file(path).uses == contents.uses
@@ -135,6 +136,46 @@ def test_check_counts_formats_uses_lengths_duplicates_and_bad_rows(
     assert "MOSS lists of even length are read as ending with an answer" in text
     assert "line 3 repeats line 2" in text
     assert f"  {path}:10: unknown format" in text
+
+
+def test_rows_with_one_dialogue_are_duplicates_whatever_else_they_hold() -> None:
+    rows: list[Any] = [
+        {"prompt": "a", "id": 1},
+        {"prompt": "a", "id": 2, "chosen": None},
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        {"prompt": "a", "chosen": "b", "rejected": "d"},
+        {"id": 9, "rejected": "c", "chosen": "b", "prompt": "a"},
+        {"messages": turns("a")},
+        {"prompt": "a", "system": "s"},
+        {"messages": [{"role": "system", "content": "s"}, *turns("a")]},
+    ]
+    contents = check_file(rows)
+    assert contents.duplicates == [(2, 1), (5, 3), (6, 1), (8, 7)]
+    assert contents.prompts == 2
+    assert "prompts     2 different ones" in str(contents)
+
+
+@pytest.mark.parametrize("with_tokenizer", [True, False])
+def test_a_column_with_a_name_of_the_batch_bars_prompts_not_pairs(
+    tokenizer: PreTrainedTokenizerFast, with_tokenizer: bool
+) -> None:
+    rows = [
+        {"prompt": "a", "chosen": "b", "rejected": "c", "score": 1},
+        {"messages": turns("a", "b"), "score": 1},
+        {"messages": turns("a"), "score": 1},
+        {"prompt": "a", "score": 1},
+    ]
+    contents = check_file(rows, tokenizer if with_tokenizer else None)
+    assert contents.uses == {"prompts": 0, "dialogues": 2, "pairs": 1}
+    assert [bad.where for bad in contents.bad] == ["row:3", "row:4"]
+    assert contents.bad[0].reason == "column `score` has a name that the batch uses itself"
+
+
+def test_what_a_loader_would_note_is_counted_once_a_row(tokenizer: PreTrainedTokenizerFast) -> None:
+    turn = {"role": "user", "content": "a", "name": "Ann"}
+    contents = check_file([{"prompt": [turn], "chosen": "b", "rejected": "c"}, {"prompt": [turn]}], tokenizer)
+    assert contents.notes == {"with `name` in a message, which is left out": 2}
+    assert "noted       2 with `name` in a message" in str(contents)
 
 
 def test_the_command_prints_it_and_its_status_tells(
