@@ -25,6 +25,7 @@ from .rows import Source, read_rows
 from .split import count_prompts, split_rows, without_prompts
 from .stream import Stream
 from .template import render
+from .tokenizer import read_tokenizer
 
 __all__ = [
     "Answered",
@@ -68,6 +69,7 @@ __all__ = [
     "plan_pairs",
     "prompt_of",
     "read_rows",
+    "read_tokenizer",
     "render",
     "row_format",
     "split_rows",

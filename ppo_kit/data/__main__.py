@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import check_file
+from . import check_file, read_tokenizer
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -17,12 +17,8 @@ def main(arguments: list[str] | None = None) -> int:
     check.add_argument("file", help=".jsonl, .json, either with .gz, or .parquet")
     check.add_argument("--tokenizer", help="folder or Hub id; lengths are then in tokens, not in characters")
     chosen = parser.parse_args(arguments)
-    tokenizer = None
-    if chosen.tokenizer:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(chosen.tokenizer, trust_remote_code=False)
     try:
+        tokenizer = read_tokenizer(chosen.tokenizer) if chosen.tokenizer else None
         contents = check_file(chosen.file, tokenizer)
     except (OSError, ValueError, ImportError) as error:
         print(error, file=sys.stderr)

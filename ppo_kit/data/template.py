@@ -78,7 +78,8 @@ def probe(tokenizer: PreTrainedTokenizerBase, turns: Dialogue, *, add_generation
 
 def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
     """ValueError where the tokenizer has no chat template."""
-    if getattr(tokenizer, "chat_template", None) is None:
+    template = getattr(tokenizer, "chat_template", None)
+    if not template or not isinstance(template, (str, dict)):
         raise ValueError(
             f"the tokenizer of {name_of(tokenizer)} has no chat template, so how its model marks turns is "
             "unknown; set tokenizer.chat_template to the one of its training"

@@ -19,11 +19,11 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from ppo_kit.data import read_tokenizer
 from ppo_kit.models.reading import reading
 from ppo_kit.models.source import adapter_base, model_source
 
@@ -37,13 +37,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, padding on the left. An adapter without one has its base's.
 
     Raises:
-        ValueError: it has no end-of-sequence token. A missing pad token is no fault: masks are carried, and
-            the end-of-sequence token fills masked slots.
+        ValueError: its files are damaged, or it has no end-of-sequence token. A missing pad token is no
+            fault: masks are carried, and the end-of-sequence token fills masked slots.
     """
     source = model_source(name)
     try:
         with reading(source):
-            tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", trust_remote_code=False)
+            tokenizer = read_tokenizer(source, padding_side="left")
     except (OSError, ValueError):
         base = adapter_base(name)
         if base is None:

@@ -1,0 +1,29 @@
+"""A tokenizer out of its files, or a reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def read_tokenizer(source: str | Path, **settings: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or Hub id, as ``AutoTokenizer`` reads it; no code of its own is run.
+
+    Raises:
+        OSError: there is none, or the Hub cannot be asked.
+        ValueError: its files do not hold one: ``tokenizer.json`` is no JSON, or lacks a part.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **settings)
+    except (OSError, KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # the tokenizers library ends in a panic, which is no Exception
+        raise ValueError(
+            f"{source}: its tokenizer cannot be read ({type(error).__name__}: {str(error)[:200]}); "
+            "tokenizer.json or tokenizer_config.json is damaged, or of another kind"
+        ) from error
