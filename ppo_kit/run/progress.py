@@ -85,10 +85,10 @@ class Progress:
         """One line of news among the steps."""
         self.console.print(text, style="yellow", markup=False)
 
-    def announce(self, text: str) -> None:
+    def announce(self, text: str, *, at_once: bool = False) -> None:
         """As ``note``, from a signal handler: there the console may be in the middle of a write."""
         self._notice = text
-        if self._live is None:
+        if self._live is None or at_once:
             with contextlib.suppress(OSError):
                 os.write(2, f"{text}\n".encode())
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -62,10 +62,11 @@ def _scalar(name: str, value: Any) -> float:
 
 
 class JsonLines:
-    """A ``.jsonl`` file that grows by one whole, flushed line per ``append``."""
+    """A ``.jsonl`` file that grows by one whole, flushed line per ``append``. ``rows`` is their number."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.rows = 0
         self._file: TextIO | None = None
 
     def append(self, row: Mapping[str, Any]) -> None:
@@ -73,14 +74,41 @@ class JsonLines:
             self._file = self.path.open("a", encoding="utf-8")
         self._file.write(json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()
+        self.rows += 1
 
-    def keep_until(self, step: int) -> None:
-        """Drop the rows of steps after ``step``, and a last line that was cut short."""
+    def sync(self) -> None:
+        """Make the lines survive a power cut."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def rows_until(self, step: int, *, needed: int | None = None) -> list[dict[str, Any]]:
+        """The rows up to ``step``; a last line that was cut short is none.
+
+        Raises ``ValueError`` where they are not ``needed`` many, with the steps that have no row, and for a
+        line that is not a row of a run.
+        """
+        rows = read_rows(self.path)
+        odd = [number for number, row in enumerate(rows, 1) if type(row.get("step")) is not int]
+        if odd:
+            raise ValueError(f"{self.path}:{odd[0]}: no row of a run: it has no step")
+        rows = [row for row in rows if row["step"] <= step]
+        if needed is not None and len(rows) != needed:
+            absent = sorted({*range(1, step + 1)} - {row["step"] for row in rows})
+            named = ", ".join(map(str, absent[:20])) + (", …" if len(absent) > 20 else "")
+            raise ValueError(
+                f"{self.path}: has {len(rows)} rows up to step {step}, and was saved with {needed} there "
+                f"(no row for step {named or 'none'}). Bring the file back from a copy, or, to go on without "
+                f'these numbers, add a line like {{"step": {(absent or [step])[0]}}} for each that is missing'
+            )
+        return rows
+
+    def replace(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Make ``rows`` the content of the file, where there is one."""
         self.close()
         if self.path.exists():
-            rows = [row for row in read_rows(self.path) if row["step"] <= step]
             lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
             write_whole(self.path, "".join(lines))
+        self.rows = len(rows)
 
     def close(self) -> None:
         if self._file is not None:

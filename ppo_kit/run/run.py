@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import functools
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,14 +15,18 @@ import torch
 from rich.console import Console
 
 from ppo_kit.engine import Engine, LocalEngine, Stateful, ranks
+from ppo_kit.monitor.loggers import check_loggers
 from ppo_kit.report.dashboard import draw_dashboard
 from ppo_kit.report.page import write_report
 from ppo_kit.run import checkpoint
 from ppo_kit.run.faults import Clearable, Faults
+from ppo_kit.run.fingerprints import Inputs
 from ppo_kit.run.folder import Settings, open_folder
+from ppo_kit.run.journal import Journal
+from ppo_kit.run.owner import release
 from ppo_kit.run.progress import Progress, before_and_after, files_written
 from ppo_kit.run.randomness import Randomness
-from ppo_kit.run.records import JsonLines, scalars, write_json
+from ppo_kit.run.records import scalars, write_json
 from ppo_kit.run.signals import StopOnSignal
 
 _OWN = {"torch", "cuda", "generators", "seconds", "faults"}
@@ -33,11 +37,10 @@ class Run:
 
     ::
 
-        run = Run(settings, "ppo_max", engine)    # folder, config.json, threads, seed
-        ...                                       # build models
-        saved = run.load_checkpoint()             # None, or (step, state) with --resume
-        with run:                                 # Ctrl-C ends the run after the current step
-            for step in run.steps():
+        with Run(settings, "ppo_max", engine) as run:   # folder, config.json, threads, seed
+            ...                                         # build models
+            saved = run.load_checkpoint()               # None, or (step, state) with --resume
+            for step in run.steps():                    # Ctrl-C ends the run after the current step
                 ...
                 run.log(step, metrics)
                 run.sample(step, rows, scores=batch["score"].tolist())
@@ -47,10 +50,16 @@ class Run:
         sys.exit(run.exit_code)
 
     ``settings`` is a dataclass with at least ``out seed threads steps resume checkpoint_every``
-    (``checkpoint_every`` 0: only at the end). The folder is ``settings.out`` or the first free one of
-    ``runs/<name>-seed<seed>``, ``…-2``, …; a folder that holds a run is continued with ``resume`` and refused
-    without. ``may_change`` names settings that a resumed run may set otherwise, beside steps, threads and the
-    like. ``keep`` is the number of checkpoints kept; a setting ``keep`` comes first.
+    (``checkpoint_every`` 0: only at the end), and maybe ``keep``, ``skip_faults`` and ``log`` (names of
+    ``ppo_kit.monitor.loggers``). The folder is ``settings.out`` or the first free one of
+    ``runs/<name>-seed<seed>``, ``…-2``, …; one that holds a run is continued with ``resume`` and refused
+    without, unless it saved no checkpoint: then it is started again. ``may_change`` names settings that a
+    resumed run may set otherwise, beside steps, threads and the like; ``inputs`` its models and data, which
+    it may not (see ``fingerprints``). ``keep`` is the number of checkpoints kept, where no setting says it.
+
+    From its construction to the end of ``with``, or ``close``, a run owns its folder (another process that
+    opens it gets ``BlockingIOError``), and SIGINT, SIGTERM and SIGHUP end it: by ``SystemExit`` before the
+    first step, then after the current step, and at once when a second one comes.
 
     Where there are several ranks, each has a run of its own and calls the same methods; rank 0 writes and
     talks, all end together when one gets a signal, and checkpoints hold what ``engine`` gathers from all.
@@ -68,34 +77,35 @@ class Run:
         engine: Engine | None = None,
         *,
         may_change: Sequence[str] = (),
+        inputs: Inputs | None = None,
         keep: int = 2,
     ) -> None:
-        if settings.steps < 0 or settings.checkpoint_every < 0 or settings.threads < 1:
-            raise ValueError(
-                f"settings: got steps={settings.steps}, checkpoint_every={settings.checkpoint_every}, "
-                f"threads={settings.threads}; needs steps and checkpoint_every >= 0, threads >= 1"
-            )
+        for setting, least in (("steps", 0), ("checkpoint_every", 0), ("threads", 1)):
+            if getattr(settings, setting) < least:
+                raise ValueError(f"{setting}: got {getattr(settings, setting)}, needs at least {least}")
         self.settings = settings
         self.keep = getattr(settings, "keep", keep)
         self.engine = engine or LocalEngine()
+        self._progress = Progress(settings.steps, console=None if ranks.is_main() else Console(quiet=True))
+        loggers = tuple(getattr(settings, "log", ()))
+        check_loggers(loggers)
+        note = self._progress.note
         about = {"engine": self.engine.name, "ranks": ranks.world_size()}
-        self.folder = ranks.from_main(
-            lambda: open_folder(settings, name, Path("runs"), may_change=may_change, about=about)
-        )
+        place = functools.partial(open_folder, settings, name, Path("runs"), about=about, note=note)
+        self.folder = ranks.from_main(lambda: place(may_change=may_change, inputs=inputs or {}))
+        self._open = True
         torch.set_num_threads(settings.threads)
         self._randomness = Randomness(settings.seed)
-        self._metrics = JsonLines(self.folder / "metrics.jsonl")
-        self._samples = JsonLines(self.folder / "samples.jsonl")
-        self._progress = Progress(settings.steps, console=None if ranks.is_main() else Console(quiet=True))
-        allowed, note = getattr(settings, "skip_faults", 0), self._progress.note
+        self._journal = Journal(self.folder, self._progress, settings, loggers=loggers)
+        allowed = getattr(settings, "skip_faults", 0)
         self._faults = Faults(self.folder / "faults", allowed=allowed, settings=settings, note=note)
         self._signals = StopOnSignal(self._say_stopping)
+        self._signals.install()
         self._restored: dict[str, Any] | None = None
         self._last = 0
         self._due: bool | None = None
         self._heard = False
         self._logged = 0
-        self._not_finite: set[str] = set()
         self._seconds_before = 0.0
         self._started = time.monotonic()
 
@@ -104,18 +114,23 @@ class Run:
         return self._randomness.generator(name)
 
     def __enter__(self) -> Run:
-        self._signals.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._progress.stop()
-        self._metrics.close()
-        self._samples.close()
-        self._signals.__exit__(kind, error, trace)
+        self.close()
         if kind is None:
             self.engine.close()
+
+    def close(self) -> None:
+        """Close the files, give the folder free and leave signals to others; the end of ``with`` does it."""
+        self._progress.stop()
+        self._journal.close()
+        self._signals.remove()
+        if self._open and ranks.is_main():
+            release(self.folder)
+        self._open = False
 
     @property
     def interrupted(self) -> bool:
@@ -132,14 +147,21 @@ class Run:
     def exit_code(self) -> int:
         return 0 if self._signals.signum is None else 128 + self._signals.signum
 
-    def _say_stopping(self) -> None:
+    def _say_stopping(self, at_once: bool) -> None:
         assert self._signals.signum is not None
         name = signal.Signals(self._signals.signum).name
-        self._progress.announce(f"{name}: ending after this step; once more stops at once")
+        end = f"stopped at once; {self._how_to_go_on()}"
+        what = end if at_once else "ending after this step; once more stops at once"
+        self._progress.announce(f"{name}: {what}", at_once=at_once)
+
+    def _how_to_go_on(self) -> str:
+        if checkpoint.has_checkpoint(self.folder / "checkpoints"):
+            return f"continue with --resume --out {self.folder}"
+        return f"no checkpoint was saved; start again with --out {self.folder}"
 
     def steps(self) -> Iterator[int]:
         """The steps still to do, from 1 or the checkpoint's next, up to ``settings.steps``; ends after the
-        current step when a signal came, and at once when it came before the first.
+        current step when a signal came.
 
         Raises ``RuntimeError`` when the run is to resume and ``load_checkpoint`` was not called.
         """
@@ -147,8 +169,7 @@ class Run:
             raise RuntimeError("resume is set: call load_checkpoint() and restore its state before steps()")
         if self._restored is not None:
             self._randomness.restore(self._restored)
-        if self._hear():
-            return
+        self._signals.finish_step = True
         self._progress.start(self._last + 1)
         for step in range(self._last + 1, self.settings.steps + 1):
             self._due = None
@@ -180,30 +201,22 @@ class Run:
             raise ValueError(f"step: got {step}, needs more than {self._logged}, the last one logged")
         values = scalars(metrics)
         self._logged = step
-        if not ranks.is_main():
-            return
-        self._metrics.append({"step": step, **values})
-        self._progress.update(step, values)
-        for name, value in values.items():
-            if not math.isfinite(value) and name not in self._not_finite:
-                self._not_finite.add(name)
-                self._progress.note(f"step {step}: {name} is {value} (null in metrics.jsonl)")
+        if ranks.is_main():
+            self._journal.log(step, values)
 
     def sample(
         self, step: int, rows: Sequence[Mapping[str, Any]], *, scores: Sequence[float] | None = None
     ) -> None:
         """Append ``{"step", "scores", "samples"}`` to samples.jsonl.
 
-        ``rows`` are the few responses worth reading (prompt, response, score, gold_score, ...), all written.
-        ``scores`` are the raw scores of all responses of the step, from which the dashboard draws their
-        distribution; without it, the ``score`` of each row. They are rounded to 4 digits after the point.
+        ``rows`` are the few responses worth reading (prompt, response, score, gold_score, ...). ``scores``
+        are the raw scores of all responses of the step, to 4 digits, from which the dashboard draws their
+        distribution; without it, the ``score`` of each row.
         """
-        if not ranks.is_main():
-            return
         if scores is None:
             scores = [row["score"] for row in rows if "score" in row]
-        compact = [round(float(score), 4) for score in scores]
-        self._samples.append({"step": step, "scores": compact, "samples": list(rows)})
+        if ranks.is_main():
+            self._journal.sample(step, rows, scores)
 
     def checkpoint_due(self, step: int) -> bool:
         """Whether ``step`` is to be saved: every ``checkpoint_every`` steps, and the last step of the run."""
@@ -214,14 +227,14 @@ class Run:
     def save_checkpoint(self, step: int, state: Mapping[str, Any], *, best: bool = False) -> None:
         """Save ``state`` (state_dicts; nested dicts of tensors, numbers, strings) and the run's randomness.
 
-        Whatever happens meanwhile, the last whole checkpoint stays loadable. With ``best`` the file
-        ``checkpoints/best`` names it, and it is kept beside the newest ``keep`` until a better one is saved.
-        Raises ``ValueError`` naming the entry that ``torch.load(weights_only=True)`` would refuse.
+        With ``best``, ``checkpoints/best`` names it, and it is kept beside the newest until a better one is
+        saved. Raises as ``checkpoint.save_checkpoint``; the last whole checkpoint stays loadable.
         """
         own = {
             **self._randomness.state(),
             "seconds": self._seconds(),
             "faults": self._faults.count,
+            "rows": self._journal.counts(),
         }
         content = {"state": dict(state), "run": own}
         folder = self.folder / "checkpoints"
@@ -231,23 +244,23 @@ class Run:
         """(step, state) to continue from, tensors on the CPU; None when the run does not resume.
 
         metrics.jsonl and samples.jsonl lose what they hold after that step, and ``steps`` goes on from the
-        next one with the generators as they were: the resumed run equals the uninterrupted one.
+        next one with the generators as they were: the resumed run equals the uninterrupted one. Raises
+        ``CheckpointError``, a ``ValueError``, where the checkpoint is damaged or not a run's, and
+        ``ValueError`` where the files lack rows that were written before it.
         """
         if not self.settings.resume:
             return None
-        loaded = checkpoint.load_checkpoint(self.folder / "checkpoints")
+        loaded = checkpoint.load_checkpoint(self.folder / "checkpoints", note=self._progress.note)
         assert loaded is not None, "resumed_folder found a checkpoint"
         step, content = loaded
-        if content.keys() != {"state", "run"} or not content["run"].keys() >= _OWN:
+        own = content.get("run")
+        if content.keys() != {"state", "run"} or not isinstance(own, dict) or not own.keys() >= _OWN:
             raise checkpoint.CheckpointError(f"{self.folder}: the checkpoint of step {step} is not a run's")
-        self._restored = content["run"]
-        self._seconds_before = content["run"]["seconds"]
-        self._faults.count = content["run"]["faults"]
+        self._restored = own
+        self._seconds_before = own["seconds"]
+        self._faults.count = own["faults"]
         self._last = self._logged = step
-        if ranks.is_main():
-            for file in (self._metrics, self._samples):
-                file.keep_until(step)
-        ranks.barrier()
+        ranks.from_main(lambda: self._journal.cut(step, own.get("rows", {})))
         return step, content["state"]
 
     def save(self, step: int, parts: Mapping[str, Stateful], *, best: bool = False) -> None:
@@ -290,8 +303,6 @@ class Run:
         write_report(self.folder)
         self._progress.show_end(before_and_after(before, after), files_written(self.folder))
         if self.interrupted:
-            self._progress.note(
-                f"Interrupted after step {self._last} of {self.settings.steps}; "
-                f"continue with --resume --out {self.folder}"
-            )
+            reached = f"Interrupted after step {self._last} of {self.settings.steps}"
+            self._progress.note(f"{reached}; {self._how_to_go_on()}")
         return summary

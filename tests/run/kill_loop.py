@@ -146,9 +146,7 @@ def main(folder: Path, kills: int) -> None:
     while counts["any moment"] + counts["while saving"] < kills:
         out = folder / f"run-{counts['runs']}"
         while True:
-            resume = has_checkpoint(out / "checkpoints")
-            if not resume:
-                shutil.rmtree(out, ignore_errors=True)
+            resume = has_checkpoint(out / "checkpoints")  # without one it is started again in its folder
             while_saving = draw.random() < 0.5
             die_at = draw.randint(1, 16) if while_saving else None
             process = live(ppo_max.PPOMax(**given, out=out, resume=resume), folder / "log", die_at=die_at)

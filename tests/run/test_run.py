@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import math
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from ppo_kit.run import Run
+from ppo_kit.run.fingerprints import fingerprints, replaced
 
 
 def rows(path):
@@ -89,7 +92,7 @@ def test_names_stay_in_the_runs_folder(toy, name):
 
 
 def test_settings_that_mean_nothing_are_refused(toy):
-    with pytest.raises(ValueError, match="threads=0"):
+    with pytest.raises(ValueError, match="threads: got 0, needs at least 1"):
         Run(toy.ToySettings(threads=0), name="toy")
 
 
@@ -157,7 +160,7 @@ def test_resume_needs_something_to_resume(toy):
         Run(toy.ToySettings(out=Path("nowhere"), resume=True), name="toy")
     with pytest.raises(OSError, match="gone"):
         toy.train(toy.ToySettings(out=Path("early")), die_after=1)
-    with pytest.raises(FileNotFoundError, match="early saved no checkpoint"):
+    with pytest.raises(FileNotFoundError, match="early saved no checkpoint; without --resume it is started"):
         Run(toy.ToySettings(out=Path("early"), resume=True), name="toy")
     toy.train(toy.ToySettings())
     run = Run(toy.ToySettings(resume=True), name="toy")
@@ -234,3 +237,215 @@ def test_config_knows_the_git_revision(toy, tmp_path, monkeypatch):
     config = json.loads((Run(toy.ToySettings(), name="toy").folder / "config.json").read_text())
     head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
     assert config["git"] == head.stdout.strip()
+
+
+def write_inputs():
+    for folder in ("policy", "reward"):
+        Path(folder).mkdir()
+        for name in ("config.json", "model.safetensors", "README.md"):
+            (Path(folder) / name).write_text(f"{folder} {name}")
+    Path("prompts.jsonl").write_text("{}\n")
+    Path("rewards.py").write_text("brevity = len\n")
+    sources = {"policy": "policy", "reward": ["reward", "rewards.py:brevity", "hub/id"]}
+    return {**sources, "prompts": Path("prompts.jsonl"), "critic": None}
+
+
+REPLACED = {
+    "weights of the same size": (
+        "reward/model.safetensors",
+        "REWARD model.safetensors",
+        "model.safetensors was",
+    ),
+    "config": ("policy/config.json", "{}", r"policy: policy/config\.json was 18 bytes, \w+ and is 2 bytes"),
+    "data": ("prompts.jsonl", "{}\n{}\n", r"prompts: prompts\.jsonl was 3 bytes"),
+    "gone": ("policy/model.safetensors", None, r"policy/model\.safetensors is gone"),
+    "new": ("reward/model-2.safetensors", "x", r"reward: reward/model-2\.safetensors is new"),
+    "function": ("rewards.py", "brevity = sum\n", r"reward: rewards\.py was"),
+}
+
+
+@pytest.mark.parametrize("what", REPLACED)
+def test_a_replaced_input_is_refused_on_resume_by_its_name(toy, what):
+    inputs = write_inputs()
+    with Run(toy.ToySettings(out=Path("a")), name="toy", inputs=inputs) as run:
+        run.save(1, {})
+    resumed = toy.ToySettings(out=Path("a"), resume=True)
+    Path("policy/README.md").write_text("more words")
+    Run(resumed, name="toy", inputs=inputs).close()
+    file, content, says = REPLACED[what]
+    Path(file).unlink() if content is None else Path(file).write_text(content)
+    before = Path("a/config.json").read_bytes()
+    with pytest.raises(ValueError, match=rf"(?s)run in a was started with other inputs: .*{says}"):
+        Run(resumed, name="toy", inputs=inputs)
+    assert Path("a/config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("place", [0, 1000, 2**19, 15 * 2**20 - 1, -1])
+def test_a_large_file_is_hashed_in_pieces(tmp_path, monkeypatch, place):
+    monkeypatch.setattr("ppo_kit.run.fingerprints.WHOLE", 2**20)
+    file = tmp_path / "large"
+    file.write_bytes(bytes(15 * 2**20 + 7))
+    before = fingerprints({"x": file})
+    with file.open("r+b") as opened:
+        opened.seek(place if place >= 0 else file.stat().st_size + place)
+        opened.write(b"x")
+    assert replaced(before, fingerprints({"x": file}))
+
+
+@pytest.mark.parametrize("lost", [[1], [3], [2, 4], [1, 2, 3, 4]])
+@pytest.mark.parametrize("name", ["metrics", "samples"])
+def test_rows_that_are_lost_before_the_checkpoint_are_named(toy, lost, name):
+    """As a power cut leaves a file whose end had not reached the disk, and any other way to lose rows."""
+    toy.train(toy.ToySettings(out=Path("a"), steps=4))
+    file = Path(f"a/{name}.jsonl")
+    kept = [row for row in rows(file) if row["step"] not in lost]
+    file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    before = {path: path.read_bytes() for path in Path("a").glob("*.jsonl")}
+    steps = ", ".join(map(str, lost))
+    with pytest.raises(
+        ValueError, match=rf"{name}\.jsonl: has {4 - len(lost)} rows .*no row for step {steps}\)"
+    ):
+        toy.train(toy.ToySettings(out=Path("a"), steps=6, resume=True))
+    assert {path: path.read_bytes() for path in Path("a").glob("*.jsonl")} == before
+    with file.open("a") as opened:
+        opened.writelines(f'{{"step": {step}, "scores": [], "samples": []}}\n' for step in lost)
+    toy.train(toy.ToySettings(out=Path("a"), steps=6, resume=True))
+
+
+def test_rows_of_two_writers_and_rows_of_nothing_are_refused(toy):
+    toy.train(toy.ToySettings(out=Path("a"), steps=2))
+    good = Path("a/metrics.jsonl").read_text()
+    resumed = toy.ToySettings(out=Path("a"), steps=4, resume=True)
+    for bad, says in (
+        (good + good, "has 4 rows"),
+        (good + '{"score": 1}\n', r"metrics\.jsonl:3: no row of a run"),
+    ):
+        Path("a/metrics.jsonl").write_text(bad)
+        with pytest.raises(ValueError, match=says):
+            toy.train(resumed)
+
+
+def test_skipped_steps_are_no_lost_rows(toy):
+    for steps, resume in ((4, False), (8, True)):
+        with Run(toy.ToySettings(out=Path("a"), steps=steps, resume=resume), name="toy") as run:
+            run.restore({})
+            for step in run.steps():
+                if step % 3:
+                    run.log(step, {"score": 1.0})
+                if run.checkpoint_due(step):
+                    run.save(step, {})
+    assert [row["step"] for row in rows(Path("a/metrics.jsonl"))] == [1, 2, 4, 5, 7, 8]
+
+
+def test_rows_are_on_disk_before_the_checkpoint_that_counts_them(toy, monkeypatch):
+    order = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, n=name, f=real: (order.append(n), f(*args))[1])
+    with Run(toy.ToySettings(out=Path("a")), name="toy") as run:
+        run.log(1, {"score": 1.0})
+        del order[:]
+        run.save(1, {})
+        alone = len(order)
+        run.sample(2, [])
+        run.log(2, {"score": 1.0})
+        del order[:]
+        run.save(2, {})
+    assert len(order) == alone + 1  # samples.jsonl as well
+    assert order[:2] == ["fsync", "fsync"]
+
+
+@pytest.mark.parametrize("out", [Path("a"), None])
+def test_a_folder_has_one_owner(toy, out):
+    """Two processes that resume one run at once: the second ends with an error, and the first is not hurt."""
+    folder = toy.train(toy.ToySettings(out=out, steps=2)).folder
+    first = Run(toy.ToySettings(out=out, steps=4, resume=True), name="toy")
+    script = Path(toy.__file__)
+    second = [sys.executable, str(script), str(folder), "4", "0", "resume"]
+    environment = {**os.environ, "PYTHONPATH": str(script.parents[2])}
+    done = subprocess.run(second, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(f"BlockingIOError: {folder}: another process")
+    assert [row["step"] for row in rows(folder / "metrics.jsonl")] == [1, 2]
+    first.close()
+    first.close()
+    done = subprocess.run(second, capture_output=True, text=True, env=environment, check=True)
+    assert [row["step"] for row in rows(folder / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_a_process_may_open_its_own_run_again(toy):
+    first = Run(toy.ToySettings(out=Path("a")), name="toy")
+    first.save(1, {})
+    second = Run(toy.ToySettings(out=Path("a"), resume=True), name="toy")
+    assert second.restore({})
+    first.close()
+    second.close()
+
+
+def test_a_run_that_died_before_its_first_checkpoint_is_started_again_in_its_folder(toy, capsys):
+    whole = toy.train(toy.ToySettings(out=Path("whole"))).folder
+    settings = toy.ToySettings(out=Path("a"))
+    for _ in range(2):
+        with pytest.raises(OSError, match="gone"):
+            toy.train(settings, die_after=1)
+        Path("a/faults").mkdir()
+    toy.train(settings)
+    assert (
+        "a: the run there saved no checkpoint and is started again; its files end in .old"
+        in capsys.readouterr().out
+    )
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert Path("a", name).read_bytes() == (whole / name).read_bytes()
+        assert len(rows(Path("a") / f"{name}.old")) == 1
+    assert Path("a/faults.old").is_dir()
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        toy.train(settings)
+
+
+def test_a_run_of_no_steps_is_no_run(toy):
+    settings = toy.ToySettings(out=Path("a"), steps=0)
+    toy.train(settings)
+    with pytest.raises(FileNotFoundError, match="saved no checkpoint"):
+        Run(dataclasses.replace(settings, resume=True), name="toy")
+    toy.train(dataclasses.replace(settings, steps=2))
+    assert len(rows(Path("a/metrics.jsonl"))) == 2
+
+
+@pytest.mark.parametrize("config", ["{}", "[]", "not json", '{"architectures": ["GPT2LMHeadModel"]}'])
+def test_the_folder_of_a_model_is_not_taken_for_a_run_that_died(toy, config):
+    Path("a").mkdir()
+    Path("a/config.json").write_text(config)
+    with pytest.raises(FileExistsError, match="a already holds"):
+        Run(toy.ToySettings(out=Path("a")), name="toy")
+    assert Path("a/config.json").read_text() == config
+
+
+def test_a_finished_run_that_never_saved_is_not_started_again(toy):
+    with Run(toy.ToySettings(out=Path("a"), steps=1), name="toy") as run:
+        for step in run.steps():
+            run.log(step, {"score": 1.0})
+        run.finish({}, {})
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        Run(toy.ToySettings(out=Path("a"), steps=1), name="toy")
+
+
+def test_what_a_kill_at_the_very_start_leaves_is_an_empty_folder(toy):
+    Path("a").mkdir()
+    for name in (".lock", ".config.json.tmp"):
+        (Path("a") / name).touch()
+    toy.train(toy.ToySettings(out=Path("a"), steps=1))
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_names_that_the_file_system_does_not_take_are_refused_by_name(toy, resume):
+    long = "é" * 200
+    with pytest.raises(ValueError, match=r"éé….*too long"):
+        Run(toy.ToySettings(out=Path(long), resume=resume), name="toy")
+    with pytest.raises(ValueError, match=r"out: got 'a.x00b'.*NUL"):
+        Run(toy.ToySettings(out=Path("a\0b"), resume=resume), name="toy")
+    if not resume:
+        with pytest.raises(ValueError, match=r"éé….*too long"):
+            Run(toy.ToySettings(), name=long)
+    with pytest.raises(ValueError, match="too long"):
+        Run(toy.ToySettings(out=Path(*["deep" * 50] * 30), resume=resume), name="toy")
+    assert not list(Path().rglob("config.json"))

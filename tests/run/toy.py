@@ -23,9 +23,12 @@ class ToySettings:
     lr: float = 0.1
 
 
-def train(settings: ToySettings, *, pause: float = 0.0, die_after: int | None = None) -> Run:
+def train(
+    settings: ToySettings, *, pause: float = 0.0, loading: float = 0.0, die_after: int | None = None
+) -> Run:
     """Train and finish; ``die_after`` raises in the middle of the step after it, as a crash would."""
     run = Run(settings, name="toy")
+    time.sleep(loading)
     weight = torch.nn.Parameter(torch.randn(3))
     optimizer = torch.optim.Adam([weight], lr=settings.lr)
     saved = run.load_checkpoint()
@@ -51,5 +54,7 @@ def train(settings: ToySettings, *, pause: float = 0.0, die_after: int | None = 
 
 
 if __name__ == "__main__":
-    settings = ToySettings(out=Path(sys.argv[1]), steps=int(sys.argv[2]), checkpoint_every=0)
-    sys.exit(train(settings, pause=float(sys.argv[3])).exit_code)
+    resume = sys.argv[4:] == ["resume"]
+    settings = ToySettings(out=Path(sys.argv[1]), steps=int(sys.argv[2]), checkpoint_every=0, resume=resume)
+    loading = 60.0 if sys.argv[4:] == ["loading"] else 0.0
+    sys.exit(train(settings, pause=float(sys.argv[3]), loading=loading).exit_code)
