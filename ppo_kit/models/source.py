@@ -36,7 +36,7 @@ def adapter_base(name: str) -> str | None:
     base = json.loads(Path(file).read_text()).get("base_model_name_or_path")
     if not base or (Path(base).is_absolute() and not Path(base).is_dir()):
         raise ValueError(
-            f"{name}: an adapter, which needs the model that it was trained on; its adapter_config.json names "
+            f"{name}: an adapter, which needs the model it was trained on; its adapter_config.json names "
             f"{base!r}, which is not there; write the right one into base_model_name_or_path"
         )
     return base

@@ -16,9 +16,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from ppo_kit.convert import moss
 from ppo_kit.convert.moss import CHAT_TEMPLATES, CHECK_SUMS, main, recover
 from ppo_kit.data import load_dialogues, load_prompts
-from ppo_kit.models import RewardModel, moss
+from ppo_kit.models import RewardModel
 from ppo_kit.sandbox.tokenizer import sandbox_tokenizer
 
 
