@@ -19,7 +19,8 @@ class EngineSettings:
     device: str = "auto"
     """Where models compute: auto (a GPU where there is one), cpu, cuda, cuda:1, …"""
     bf16: bool = False
-    """Compute in bfloat16 over float32 master weights."""
+    """Compute in bfloat16 over float32 master weights. Slower than float32 on a CPU without bfloat16
+    instructions."""
     gradient_checkpointing: bool = False
     """Keep one activation a layer and recompute the rest in the backward pass: less memory, more time."""
     compile: bool = False
@@ -35,3 +36,11 @@ class EngineSettings:
     @property
     def compute_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.bf16 else torch.float32
+
+
+def bf16_is_slow(device: torch.device) -> bool:
+    """Whether bfloat16 is slower than float32 there: a CPU without instructions for it, by 6 to 15 times."""
+    if device.type != "cpu":
+        return False
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return supported is not None and not supported()

@@ -9,10 +9,16 @@ from ppo_kit.models.load import (
 )
 from ppo_kit.models.lora import LoRA
 from ppo_kit.models.policy import Policy, Reference
+from ppo_kit.models.probe import check_policy, check_positions, check_scalar
 from ppo_kit.models.save import save_model
 from ppo_kit.models.scoring import Bootstrap, Critic, RewardModel
 from ppo_kit.models.source import model_source
-from ppo_kit.models.vocabulary import check_embeddings, check_same_vocabulary, ids_with_token
+from ppo_kit.models.vocabulary import (
+    check_embeddings,
+    check_same_vocabulary,
+    ids_with_token,
+    text_difference,
+)
 
 __all__ = [
     "Bootstrap",
@@ -24,7 +30,10 @@ __all__ = [
     "cache_folder",
     "cached",
     "check_embeddings",
+    "check_policy",
+    "check_positions",
     "check_same_vocabulary",
+    "check_scalar",
     "freeze_below",
     "ids_with_token",
     "load_causal_lm",
@@ -33,4 +42,5 @@ __all__ = [
     "model_source",
     "save_model",
     "settings_key",
+    "text_difference",
 ]

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -69,7 +70,7 @@ def load_causal_lm(name: str, *, dtype: torch.dtype = torch.float32) -> PreTrain
     if base is not None:
         return _merged(load_causal_lm(base, dtype=dtype), name)
     source = model_source(name)
-    _check_causal(source, name)
+    _check_kind(source, name, MODEL_FOR_CAUSAL_LM_MAPPING, "a causal language model without an encoder")
     model, info = _read(AutoModelForCausalLM, source, name, dtype=dtype)
     _check_whole(name, info["missing_keys"])
     return model
@@ -108,6 +109,8 @@ def _scalar(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, bool]:
         model = _merged(model, name)
         return model, has_head or bool((model.score.weight != 0).any())
     source = model_source(name)
+    _check_kind(source, name, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, "a type with a classifier in "
+                "transformers, for a critic or reward model; RLOO and GRPO need no critic")  # fmt: skip
     auto: Any = AutoModelForSequenceClassification
     settings = {"num_labels": 1, "dtype": dtype, "key_mapping": HEADS}
     model, info = _read(auto, source, name, **settings)
@@ -175,12 +178,11 @@ def _merged(model: PreTrainedModel, name: str) -> PreTrainedModel:
     return merged
 
 
-def _check_causal(source: str, name: str) -> None:
+def _check_kind(source: str, name: str, known: Any, needed: str) -> None:
     with reading(source):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    if config.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ValueError(f"{name}: got a {config.model_type}, needs a causal language model "
-                         "(AutoModelForCausalLM, decoder only)")  # fmt: skip
+    if config.is_encoder_decoder or type(config) not in known:
+        raise ValueError(f"{name}: got model type {config.model_type}, needs {needed}")
 
 
 def _check_whole(name: str, missing: Iterable[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -180,11 +181,28 @@ def checkpoint_activations(model: nn.Module) -> None:
     raise ValueError(f"{type(model).__name__}: does not offer to recompute activations")
 
 
+def cache_of(out: Any, name: str) -> Any:
+    """What the model ``name`` keeps of the tokens that it has read; ``ValueError`` where that is nothing."""
+    cache = getattr(out, "past_key_values", None)
+    if cache is None:
+        raise ValueError(
+            f"{name}: returned no cache (past_key_values), which sampling needs; "
+            "recurrent models without attention have none, nor models that recompute activations in training "
+            "mode"
+        )
+    return cache
+
+
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout of ``model`` to 0, modules and attention's own setting, so train mode has none."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
+    """Set all that is random in training mode to 0: dropout and layers left out (layerdrop), router noise.
+
+    Of modules, of their own settings, and of the configs that they read while they compute; so a model that
+    is saved later says in its config.json what it was trained with.
+    """
+    configs = {id(c): c for c in (getattr(m, "config", None) for m in model.modules()) if c is not None}
+    for holder in (*model.modules(), *configs.values()):
+        if "Dropout" in type(holder).__name__ and hasattr(holder, "p"):
+            holder.p = 0.0
+        for name, value in list(vars(holder).items()):
+            if re.search("drop|jitter", name) and isinstance(value, float):
+                setattr(holder, name, 0.0)

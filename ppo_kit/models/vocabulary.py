@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -40,6 +43,42 @@ def check_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
                 f"{name}: its tokenizer has {needed} tokens, the model {rows} {side} embedding rows; load "
                 f"the tokenizer it was trained with, or train it after resize_token_embeddings({needed})"
             )
+
+
+def text_difference(policy: PreTrainedTokenizerBase, reward: PreTrainedTokenizerBase) -> str | None:
+    """How two tokenizers read a dialogue differently; None where a reward model can read the policy's ids.
+
+    Compared are the vocabularies, and the ids that both chat templates make of a dialogue of two turns each,
+    whole and before the last answer. A reward model without a template has the policy's, so it is read in
+    that. Where they differ, ``RetokenizedReward`` gives the reward model its own ids.
+
+    >>> from ppo_kit.sandbox import sandbox_tokenizer
+    >>> policy, reward = sandbox_tokenizer(), sandbox_tokenizer()
+    >>> text_difference(policy, reward)
+    >>> reward.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    >>> text_difference(policy, reward)
+    'their chat templates write other tokens'
+    """
+    if policy.get_vocab() != reward.get_vocab():
+        return "their vocabularies differ"
+    if reward.chat_template is None or policy.chat_template is None:
+        return None
+    return None if _rendered(policy) == _rendered(reward) else "their chat templates write other tokens"
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    """What the template makes of the probe, or of each refusal its text."""
+    said = (" What is 2 + 2? ", "It is 4.\n", "Sure?", "Yes.")
+    turns = zip(("user", "assistant") * 2, said, strict=True)
+    messages = [{"role": role, "content": content} for role, content in turns]
+    found: list[Any] = []
+    for dialogue, opened in ((messages, False), (messages[:3], True), (messages[:1], True)):
+        try:
+            text = tokenizer.apply_chat_template(dialogue, tokenize=False, add_generation_prompt=opened)
+            found.append(tokenizer(text, add_special_tokens=False)["input_ids"])
+        except TemplateError as error:
+            found.append(str(error))
+    return found
 
 
 def check_same_vocabulary(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -13,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ppo_kit.engine import ranks
 from ppo_kit.functional import token_entropy, token_log_probs
-from ppo_kit.models.policy import Policy
+from ppo_kit.models.policy import Policy, cache_of
 from ppo_kit.models.sequence import positions_of
 from ppo_kit.sampling.sampling import Sampling
 
@@ -81,7 +80,7 @@ def rollout(
                 use_cache=True,
                 logits_to_keep=1,
             )
-            cache = _cache_of(out, policy)
+            cache = cache_of(out, policy.model.config.model_type)
             logits = policy.scaled(out.logits[:, -1])
             token = _invert(filters(history, logits), uniforms[:, t])
             tokens.append(torch.where(alive, token, filler))
@@ -130,17 +129,6 @@ def _checked_ends(policy: Policy, end_ids: Iterable[int]) -> list[int]:
     if outside:
         raise ValueError(f"end_ids: got {outside}, needs ids from 0 to {rows - 1}: the model has {rows}")
     return ends
-
-
-def _cache_of(out: Any, policy: Policy) -> Any:
-    cache = getattr(out, "past_key_values", None)
-    if cache is None:
-        raise ValueError(
-            f"{policy.model.config.model_type}: returned no cache (past_key_values), which sampling needs; "
-            "recurrent models without attention have none, nor models that recompute activations in training "
-            "mode"
-        )
-    return cache
 
 
 def _stopped(
