@@ -22,11 +22,16 @@ from ppo_kit.models import (
     Reference,
     RewardModel,
     check_embeddings,
+    check_policy,
+    check_positions,
+    check_scalar,
     freeze_below,
+    ids_with_token,
     load_causal_lm,
     load_scalar_model,
     load_tokenizer,
     save_model,
+    text_difference,
 )
 from ppo_kit.monitor.metrics import rollout_metrics
 from ppo_kit.rewards import RetokenizedReward, decode
@@ -164,6 +169,9 @@ def load_task(settings: PPOSettings, engine: Engine | None = None, *, policy: st
         prompts, held_out = _split(_read(settings, tokenizer), settings.held_out)
     sampling = Sampling(settings.max_new_tokens, settings.top_p, settings.top_k, settings.repetition_penalty)
     engine.place(reference, *rewards)
+    if not engine.sharded:
+        check_policy(actor, name=policy)
+        check_scalar(critic, name=reward)
     if not sampling.rescorable and ranks.is_main():
         logger.warning(
             "sampling and scoring differ: top_p %s, top_k %s, repetition_penalty %s shape what is drawn, not "
@@ -198,7 +206,7 @@ def _load_models(
     check_embeddings(actor, tokenizer, policy)
     check_embeddings(scalar, its_tokenizer, reward)
     score: TensorDictModuleBase | None = None
-    if tokenizer.get_vocab() != its_tokenizer.get_vocab():
+    if text_difference(tokenizer, its_tokenizer) is not None:
         score = RetokenizedReward(scalar.requires_grad_(False), its_tokenizer, tokenizer)
         scalar = load_scalar_model(policy, head="new", **weights)
     if settings.lora_rank:
@@ -213,10 +221,12 @@ def _load_models(
         valued = scalar if score else load_scalar_model(reward, **weights)
         for model in (trained, valued):
             freeze_below(model, settings.train_layers)
-    dtype, temperature = settings.compute_dtype, settings.temperature
+    dtype, temperature, valid_ids = settings.compute_dtype, settings.temperature, ids_with_token(tokenizer)
+    for model, name in ((actor, policy), (scalar, reward)):
+        check_positions(model, settings.prompt_tokens + settings.max_new_tokens, name=name)
     return (
-        Policy(trained, temperature=temperature, dtype=dtype),
-        Reference(frozen, temperature=temperature, dtype=dtype),
+        Policy(trained, temperature=temperature, valid_ids=valid_ids, dtype=dtype),
+        Reference(frozen, temperature=temperature, valid_ids=valid_ids, dtype=dtype),
         Critic(valued, dtype=dtype),
         score or RewardModel(scored.requires_grad_(False), dtype=dtype),
     )
