@@ -7,7 +7,6 @@ import ast
 import dataclasses
 import inspect
 import os
-import re
 import textwrap
 from collections.abc import Sequence
 from functools import partial
@@ -94,13 +93,14 @@ def _groups(kind: type, defaults: dict[str, Any]) -> list[tuple[str, str, type]]
     for each in kind.__mro__:
         own = [field for name, field in fields.items() if owner[name] is each]
         if own:
-            groups.append(_group(each, own, hints, defaults, texts))
+            groups.append((_title(each, kind), *_group(each, own, hints, defaults, texts)))
     clash = fields.keys() & {field.name for field in dataclasses.fields(CommandLine)}
     if clash:
         raise ValueError(f"{kind.__name__}: {', '.join(sorted(clash))} are flags of every recipe; name the "
                          "setting otherwise")  # fmt: skip
     hints = get_type_hints(CommandLine, include_extras=True)
-    return [*groups, _group(CommandLine, dataclasses.fields(CommandLine), hints, {}, _texts(CommandLine))]
+    ours = _group(CommandLine, dataclasses.fields(CommandLine), hints, {}, _texts(CommandLine))
+    return [*groups, ("command line", *ours)]
 
 
 def _owner(kind: type, name: str) -> type:
@@ -114,7 +114,8 @@ def _group(
     hints: dict[str, Any],
     defaults: dict[str, Any],
     texts: dict[str, str],
-) -> tuple[str, str, type]:
+) -> tuple[str, type]:
+    """(description, dataclass of tyro's) of the settings ``fields`` that the class ``each`` defines."""
     import tyro
 
     entries = []
@@ -126,17 +127,15 @@ def _group(
         if field.name in texts:
             hint = Annotated[hint, tyro.conf.arg(help=texts[field.name])]
         entries.append((field.name, hint, default))
-    return _title(each), _about(each), dataclasses.make_dataclass(each.__name__, entries, kw_only=True)
+    return _about(each), dataclasses.make_dataclass(each.__name__, entries, kw_only=True)
 
 
-def _title(each: type) -> str:
-    """``run`` for ``RunSettings``; a class of another name is the recipe's own."""
-    if each is CommandLine:
-        return "command line"
-    name = re.fullmatch(r"(\w+)Settings", each.__name__)
-    if not name:
+def _title(each: type, kind: type) -> str:
+    """``run`` for ``RunSettings``; a class of the recipe's own file is this algorithm's."""
+    if each.__module__ == kind.__module__ and not each.__module__.startswith("ppo_kit."):
         return "this algorithm"
-    return name[1] if name[1].isupper() else name[1].lower()
+    name = each.__name__.removesuffix("Settings")
+    return name if name.isupper() else name.lower()
 
 
 def _about(each: type) -> str:

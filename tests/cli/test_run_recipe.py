@@ -200,6 +200,7 @@ def test_help_is_grouped_and_says_what_each_setting_does(toy, capsys, monkeypatc
     assert "What the toy needs." in own
     assert "--beta FLOAT" in own
     assert "Weight of nothing [nats]. (default: 0.1)" in own
+    assert "Peak learning rate of the critic" in text[places[1] : places[2]]
     run = text[places[3] : places[4]]
     assert "Steps of the toy. (default: 3)" in run
     assert "--ppo." not in text

@@ -17,7 +17,7 @@ from ppo_kit.training import PPOSettings
 
 
 @dataclass(frozen=True)
-class Toy(PPOSettings):
+class ToySettings(PPOSettings):
     """What the toy needs."""
 
     steps: int = 3
@@ -30,7 +30,7 @@ class Toy(PPOSettings):
     """What goes wrong."""
 
 
-def main(cfg: Toy) -> int:
+def main(cfg: ToySettings) -> int:
     if cfg.mistake == "value":
         raise ValueError("--beta: got 7,\n  needs less")
     if cfg.mistake == "key":
