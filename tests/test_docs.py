@@ -39,6 +39,7 @@ def test_the_parts_page_names_every_part():
         "DropTruncated",
         "averaged_over",
         "Shaping",
+        "Float64Buffers",
     }
     plumbing |= {"masked_mean", "masked_sum", "masked_var", "zero_masked", "last_valid"}
     plumbing |= {"token_log_probs", "token_entropy"}

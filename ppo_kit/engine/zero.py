@@ -140,16 +140,14 @@ class ZeroOptimizer(Optimizer):
             )
 
     def move(self) -> float:
-        first = self.steps == 0
         self._take()
         if self.stage > 0:
             self._norm = float(self.zero.get_global_grad_norm())
         # Finite gradients whose sum overflows; DeepSpeed takes no step then.
         if not 0 <= self._norm < float("inf"):
             raise NotFinite(f"{self.name}: gradient norm is {self._norm}; its step was not taken")
-        self.schedule.step()
-        if first:
-            self._warn_if_still(moved=ranks.any_rank(self.adamw.moved))
+        self._advance()
+        self._warn_if_still(moved=self._judged or ranks.any_rank(self.adamw.moved))
         return self._norm
 
     def clear(self) -> None:
@@ -174,7 +172,7 @@ class ZeroOptimizer(Optimizer):
                 for name in MOMENTS:
                     state[index][name] = keep(self._moment(parameter, name))
         group = {**self.adamw.param_groups[0], "params": list(range(len(self.parameters)))}
-        return {"adamw": {"state": state, "param_groups": [group]}, "schedule": self.schedule.state_dict()}
+        return {"adamw": {"state": state, "param_groups": [group]}, "progress": self._progress()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         moments, (group,) = state["adamw"]["state"], state["adamw"]["param_groups"]
@@ -189,9 +187,7 @@ class ZeroOptimizer(Optimizer):
                     self._set_moment(parameter, name, moments[index][name])
             for held in self.adamw.state.values():
                 held["step"].copy_(moments[0]["step"])
-        for own in self.adamw.param_groups:
-            own.update({key: value for key, value in group.items() if key != "params"})
-        self.schedule.load_state_dict(state["schedule"])
+        self._continue_from(state["progress"])
         self.adamw.moved = bool(moments)
 
     def _watch(self, gradient: Tensor) -> None:

@@ -34,6 +34,7 @@ from ppo_kit.modules.policy_losses import (
 from ppo_kit.modules.preference import PairwiseLoss
 from ppo_kit.modules.rewards import PlaceScore, ScoreClip, ScoreNormalize, ScoreScale
 from ppo_kit.modules.shaping import Shaping
+from ppo_kit.modules.state import Float64Buffers
 from ppo_kit.modules.transforms import Clip, Whiten
 
 __all__ = [
@@ -56,6 +57,7 @@ __all__ = [
     "DropTruncated",
     "EntropyBonus",
     "FixedKL",
+    "Float64Buffers",
     "HuberValueLoss",
     "ImportanceSampling",
     "KLController",

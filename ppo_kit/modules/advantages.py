@@ -19,8 +19,10 @@ from torch import Tensor
 
 from ppo_kit.functional.advantages import discounted_returns, gae
 from ppo_kit.functional.baselines import greedy_baseline, group_normalize, leave_one_out, optimal_baseline
+from ppo_kit.functional.checks import in_range
 from ppo_kit.functional.masked import masked_mean, masked_sum, zero_masked
-from ppo_kit.modules.base import BatchModule, Keys, at_least_zero
+from ppo_kit.modules.base import BatchModule, Keys
+from ppo_kit.modules.state import is_flag
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -61,12 +63,13 @@ class GAE(BatchModule):
         bootstrap: bool = False,
         **keys: Unpack[Keys],
     ) -> None:
-        extra = ("truncated", "bootstrap_value") if bootstrap else ()
+        extra = ("truncated", "bootstrap_value") if is_flag(self, "bootstrap", bootstrap) else ()
         super().__init__(**keys, extra=extra)
-        for name, value in (("gamma", gamma), ("lam", lam), ("critic_lam", critic_lam)):
-            if isinstance(value, (int, float)) and not 0 <= value <= 1:
-                raise ValueError(f"GAE: {name} got {value}, needs a number in [0, 1]")
-        self.gamma, self.lam, self.critic_lam = gamma, lam, critic_lam
+        self.gamma = in_range("gamma", gamma, 0.0, 1.0, owner=self)
+        self.lam, self.critic_lam = lam, critic_lam
+        for name, value in (("lam", lam), ("critic_lam", critic_lam)):
+            if not callable(value) and not (name == "critic_lam" and value is None):
+                in_range(name, value, 0.0, 1.0, owner=self)
 
     def compute(
         self, rewards: Tensor, values: Tensor, mask: Tensor, *bootstrap: Tensor
@@ -99,15 +102,15 @@ class MonteCarlo(BatchModule):
 
     def __init__(self, gamma: float = 1.0, *, baseline: bool = False, **keys: Unpack[Keys]) -> None:
         super().__init__(**keys)
-        if not 0 <= gamma <= 1:
-            raise ValueError(f"MonteCarlo: gamma got {gamma}, needs a number in [0, 1]")
-        self.gamma, self.baseline = gamma, baseline
+        self.gamma = in_range("gamma", gamma, 0.0, 1.0, owner=self)
+        self.baseline = is_flag(self, "baseline", baseline)
 
     def compute(self, rewards: Tensor, mask: Tensor) -> Tensor:
         returns = discounted_returns(rewards, mask, gamma=self.gamma)
         if not self.baseline:
             return returns
-        return zero_masked(returns - masked_mean(returns[:, 0], mask.any(1)), mask)
+        first = mask & (mask.cumsum(1) == 1)
+        return zero_masked(returns - masked_mean(returns, first), mask)
 
 
 class ResponseAdvantage(BatchModule):
@@ -174,7 +177,7 @@ class GRPO(ResponseAdvantage):
 
     def __init__(self, *, scale: bool = True, eps: float = 1e-6, **keys: Unpack[Keys]) -> None:
         super().__init__(**keys)
-        self.scale, self.eps = scale, at_least_zero(self, "eps", eps)
+        self.scale, self.eps = is_flag(self, "scale", scale), in_range("eps", eps, owner=self)
 
     def advantage(self, score: Tensor, group_id: Tensor, mask: Tensor) -> Tensor:
         return group_normalize(score, group_id, scale=self.scale, eps=self.eps)

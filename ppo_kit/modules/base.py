@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypedDict
 
@@ -12,6 +11,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
 from ppo_kit.batch import FALLBACK, SCHEMA, padding_error, present_key, wrongly_padded
+from ppo_kit.modules.state import Float64Buffers
 
 
 class Keys(TypedDict, total=False):
@@ -21,7 +21,7 @@ class Keys(TypedDict, total=False):
     out_keys: Sequence[NestedKey]
 
 
-class BatchModule(TensorDictModuleBase):
+class BatchModule(Float64Buffers, TensorDictModuleBase):
     """A TensorDict module that is a thin shell over a function: read keys, compute, write keys.
 
     A subclass names its default keys in ``IN`` and ``OUT`` and implements ``compute(*inputs)``, which gets
@@ -36,6 +36,7 @@ class BatchModule(TensorDictModuleBase):
     (``ppo_kit.batch.FALLBACK``). A renamed key is read as it is, without a fallback.
 
     Default keys in ``OPTIONAL`` are read where the batch holds them and come last, None where it does not.
+    Float64 buffers stay float64 when the module is cast.
 
     Args:
         in_keys, out_keys: the keys to use instead of ``IN`` and ``OUT``, in the same order.
@@ -84,6 +85,11 @@ class BatchModule(TensorDictModuleBase):
         if isinstance(given, str):
             raise ValueError(f"{type(self).__name__}: {name} got {given!r}, needs a list of keys")
         keys = list(default if given is None else given)
+        wrong = [key for key in keys if not (key and _is_key(key))]
+        if wrong:
+            raise ValueError(
+                f"{type(self).__name__}: {name} got {wrong[0]!r}, needs strings or tuples of strings"
+            )
         if len(keys) != len(default):
             raise ValueError(
                 f"{type(self).__name__}: {name} got {keys}, needs {len(default)} in the order {list(default)}"
@@ -149,18 +155,8 @@ class BatchModule(TensorDictModuleBase):
             raise ValueError(f"{where} {error}")
 
 
-def positive(owner: object, name: str, value: float) -> float:
-    """``value``, or a ``ValueError`` that names the owner unless it is a finite number above 0."""
-    if not 0 < value < math.inf:
-        raise ValueError(f"{type(owner).__name__}: {name} got {value}, needs a finite number above 0")
-    return value
-
-
-def at_least_zero(owner: object, name: str, value: float) -> float:
-    """``value``, or a ``ValueError`` that names the owner unless it is a finite number, 0 or more."""
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{type(owner).__name__}: {name} got {value}, needs a finite number, 0 or more")
-    return value
+def _is_key(key: object) -> bool:
+    return isinstance(key, str) or (isinstance(key, tuple) and all(isinstance(part, str) for part in key))
 
 
 def require(batch: TensorDictBase, key: NestedKey, reader: str) -> Tensor:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from tensordict import TensorDictBase
-from torch import Tensor, nn
+from torch import Tensor
 
+from ppo_kit.functional.checks import in_range
 from ppo_kit.functional.kl import kl_estimate
 from ppo_kit.functional.masked import zero_masked
-from ppo_kit.modules.base import BatchModule, Keys, at_least_zero, positive, require
+from ppo_kit.modules.base import BatchModule, Keys, require
 from ppo_kit.modules.moments import Reduce, identity
 from ppo_kit.modules.objective import AggregateKeys, BatchLoss
+from ppo_kit.modules.state import Float64Buffers, is_function
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -28,7 +30,7 @@ class KLController(Protocol):
     def update(self, kl: float, num: int) -> None: ...
 
 
-class FixedKL(nn.Module):
+class FixedKL(Float64Buffers):
     """A coefficient that stays (the report's η: 0.05 in Figure 7, 0.05 to 0.2 in Figure 15).
 
     >>> float(FixedKL(0.05).coef)
@@ -39,13 +41,13 @@ class FixedKL(nn.Module):
 
     def __init__(self, coef: float) -> None:
         super().__init__()
-        self.register_buffer("coef", _scalar(at_least_zero(self, "coef", coef)))
+        self.register_buffer("coef", _scalar(in_range("coef", coef, owner=self)))
 
     def update(self, kl: float, num: int) -> None:
         """Does nothing; here so that every controller is driven alike."""
 
 
-class AdaptiveKL(nn.Module):
+class AdaptiveKL(Float64Buffers):
     """β ← β · (1 + e · num / horizon), e = clip(KL / target − 1, −0.2, 0.2) (Ziegler et al. 2019, 2.2).
 
     ``target`` is in the unit that ``update`` is given. ``KLPenalty.update`` gives nats per token, the ``kl``
@@ -66,23 +68,22 @@ class AdaptiveKL(nn.Module):
 
     def __init__(self, init: float, target: float, horizon: int) -> None:
         super().__init__()
-        self.target = positive(self, "target", target)
-        self.horizon = positive(self, "horizon", horizon)
-        self.register_buffer("coef", _scalar(positive(self, "init", init)))
+        self.target = in_range("target", target, above=True, owner=self)
+        self.horizon = in_range("horizon", horizon, above=True, owner=self)
+        self.register_buffer("coef", _scalar(in_range("init", init, above=True, owner=self)))
 
     @torch.no_grad()
     def update(self, kl: float, num: int) -> None:
         """Move β after ``num`` responses with mean KL ``kl``."""
-        error = max(-self.clip, min(self.clip, _finite("AdaptiveKL", kl) / self.target - 1))
+        in_range("num", num, whole=True, owner=self)
+        error = max(-self.clip, min(self.clip, _finite(self, kl) / self.target - 1))
         factor = 1 + error * num / self.horizon
         if not factor > 0:
-            raise ValueError(
-                f"AdaptiveKL.update: num got {num}, needs less than 5 x horizon = {5 * self.horizon}"
-            )
-        self.coef.mul_(factor)
+            raise ValueError(f"AdaptiveKL: num got {num}, needs less than 5 x horizon = {5 * self.horizon}")
+        self.coef.fill_(_possible(self, float(self.coef) * factor))
 
 
-class PIKL(nn.Module):
+class PIKL(Float64Buffers):
     """log β ← log β + gain · (e − e') + e · num / horizon, e = clip(KL / target − 1, −1, 1).
 
     e' is the e of the update before, 0 at first. A proportional-integral rule in velocity form on log β:
@@ -105,17 +106,20 @@ class PIKL(nn.Module):
 
     def __init__(self, init: float, target: float, horizon: int, *, gain: float = 0.5) -> None:
         super().__init__()
-        self.target = positive(self, "target", target)
-        self.horizon = positive(self, "horizon", horizon)
-        self.gain = at_least_zero(self, "gain", gain)
-        self.register_buffer("coef", _scalar(positive(self, "init", init)))
+        self.target = in_range("target", target, above=True, owner=self)
+        self.horizon = in_range("horizon", horizon, above=True, owner=self)
+        self.gain = in_range("gain", gain, owner=self)
+        self.register_buffer("coef", _scalar(in_range("init", init, above=True, owner=self)))
         self.register_buffer("error", _scalar(0.0))
 
     @torch.no_grad()
     def update(self, kl: float, num: int) -> None:
         """Move β after ``num`` responses with mean KL ``kl``."""
-        error = max(-1.0, min(1.0, _finite("PIKL", kl) / self.target - 1))
-        self.coef.mul_(math.exp(self.gain * (error - float(self.error)) + error * num / self.horizon))
+        in_range("num", num, whole=True, owner=self)
+        error = max(-1.0, min(1.0, _finite(self, kl) / self.target - 1))
+        power = self.gain * (error - float(self.error)) + error * num / self.horizon
+        factor = math.exp(power) if power < 709 else math.inf  # e^710 does not fit a float
+        self.coef.fill_(_possible(self, float(self.coef) * factor))
         self.error.fill_(error)
 
 
@@ -129,7 +133,7 @@ class KLPenalty(BatchModule):
 
     Args:
         controller: a number (``FixedKL``) or a controller module; its ``coef`` is β.
-        kind: k1, k2 or k3.
+        kind: k1, k2 or k3. cap: see ``functional.kl_estimate``; None for no cap.
         reduce: sums a stacked tensor over ranks, used by ``update``.
 
     >>> from tensordict import TensorDict
@@ -150,19 +154,24 @@ class KLPenalty(BatchModule):
         controller: float | KLController,
         *,
         kind: str = "k1",
+        cap: float | None = None,
         reduce: Reduce = identity,
         **keys: Unpack[Keys],
     ) -> None:
         super().__init__(**keys)
         _kind("KLPenalty", kind, ("k1", "k2", "k3"))
-        self.controller = FixedKL(controller) if isinstance(controller, (int, float)) else controller
-        self.kind, self.reduce = kind, reduce
+        self.cap = None if cap is None else in_range("cap", cap, above=True, owner=self)
+        is_controller = isinstance(getattr(controller, "coef", None), Tensor)
+        if not is_controller or not callable(getattr(controller, "update", None)):
+            controller = FixedKL(in_range("controller", controller, owner=self))
+        self.controller: Any = controller
+        self.kind, self.reduce = kind, is_function(self, "reduce", reduce)
 
     def compute(
         self, rewards: Tensor, old_log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor
     ) -> tuple[Tensor, Tensor]:
         old, ref = zero_masked(old_log_probs, mask), zero_masked(ref_log_probs, mask)
-        kl = kl_estimate(old, ref, kind=self.kind)
+        kl = kl_estimate(old, ref, kind=self.kind, cap=self.cap)
         return kl, zero_masked(rewards - self.controller.coef * kl, mask)
 
     @torch.no_grad()
@@ -189,11 +198,22 @@ class KLPenalty(BatchModule):
 class KLLoss(BatchLoss):
     """L = weight · mean KL_t(π, π_ref): the KL as a loss (GRPO), instead of in the reward.
 
-    k2 has, on samples of the current policy, the gradient of KL(π, π_ref); k3 (GRPO's) that of
-    KL(π_ref, π): E_π[(1 − π_ref/π) ∇log π] = −E_π_ref[∇log π]. k1 is refused: its gradient, ∇log π, does not
-    depend on the reference and is zero in expectation.
+    Which gradient a kind has in expectation, with d = log π − log π_ref and ρ = π / π_old:
+
+    - ``k2``, the default, d²/2: that of KL(π, π_ref), on tokens that π sampled (the first optimizer step on a
+      rollout; later ones see tokens of π_old).
+    - ``k3_weighted``, ρ (e^{−d} − 1 + d) (DeepSeek-V3.2, arXiv 2512.02556): that of KL(π, π_ref), on tokens
+      of π_old too; it reads old_log_probs as well.
+    - ``k3``, e^{−d} − 1 + d (GRPO's): that of KL(π_ref, π), the other direction:
+      E_π[(1 − π_ref/π) ∇log π] = −E_π_ref[∇log π].
+    - ``k1`` is refused: its gradient, ∇log π, does not depend on the reference and is zero in expectation.
 
     Keys: log_probs, ref_log_probs, loss_mask, all [B,T] -> loss_kl.
+
+    Args:
+        weight: 0 or more. kind: see above.
+        cap: nats beyond which a log-ratio counts as the cap, and its token has no gradient
+            (``functional.kl_estimate``); None for no cap.
 
     >>> from tensordict import TensorDict
     >>> batch = TensorDict({"log_probs": torch.tensor([[-1.0]]), "ref_log_probs": torch.tensor([[-3.0]]),
@@ -208,20 +228,28 @@ class KLLoss(BatchLoss):
         self,
         weight: float,
         *,
-        kind: str = "k3",
+        kind: str = "k2",
+        cap: float | None = None,
         **loss: Unpack[AggregateKeys],
     ) -> None:
-        super().__init__(weight=weight, **loss)
         if kind == "k1":
             raise ValueError(
-                "KLLoss: kind got 'k1', whose gradient does not depend on the reference; use 'k2' or 'k3', "
-                "or put k1 into the reward with KLPenalty"
+                "KLLoss: kind got 'k1', whose gradient does not depend on the reference; use 'k2' or "
+                "'k3_weighted', or put k1 into the reward with KLPenalty"
             )
-        _kind("KLLoss", kind, ("k2", "k3"))
-        self.kind = kind
+        _kind("KLLoss", kind, ("k2", "k3", "k3_weighted"))
+        extra = ("old_log_probs",) if kind == "k3_weighted" else ()
+        super().__init__(weight=weight, extra=extra, **loss)
+        self.kind, self.cap = kind, None if cap is None else in_range("cap", cap, above=True, owner=self)
 
-    def compute(self, log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor) -> Tensor:
-        return kl_estimate(log_probs, ref_log_probs.detach(), kind=self.kind)
+    def compute(self, log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor, *old: Tensor) -> Tensor:
+        return kl_estimate(
+            log_probs,
+            ref_log_probs.detach(),
+            kind=self.kind,
+            old_log_probs=old[0] if old else None,
+            cap=self.cap,
+        )
 
 
 def _scalar(value: float) -> Tensor:
@@ -233,7 +261,15 @@ def _kind(owner: str, kind: str, kinds: Sequence[str]) -> None:
         raise ValueError(f"{owner}: kind got {kind!r}, needs one of {list(kinds)}")
 
 
-def _finite(owner: str, kl: float) -> float:
-    if not math.isfinite(kl):
-        raise ValueError(f"{owner}.update: kl got {kl}, needs a finite number")
-    return kl
+def _finite(owner: object, kl: float) -> float:
+    return in_range("kl", kl, -math.inf, owner=owner)
+
+
+def _possible(owner: object, coef: float) -> float:
+    """``coef``, or a ``ValueError`` where it has left what a controller can come back from."""
+    if not 0 < coef < math.inf:
+        raise ValueError(
+            f"{type(owner).__name__}: the coefficient became {coef}; "
+            "needs a larger horizon, or a smaller gain"
+        )
+    return coef

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ppo_kit.functional.checks import in_range
 from ppo_kit.functional.entropy import entropy_loss
 from ppo_kit.functional.kl import kl_estimate
 from ppo_kit.functional.policy import clipped_surrogate
 from ppo_kit.functional.value import clipped_value_loss, huber_value_loss, squared_value_loss
-from ppo_kit.modules.base import positive
 from ppo_kit.modules.objective import AggregateKeys, BatchLoss, LossKeys
 
 if TYPE_CHECKING:
@@ -71,16 +71,13 @@ class ClippedSurrogate(BatchLoss):
         **loss: Unpack[LossKeys],
     ) -> None:
         super().__init__(**loss)
-        self.clip_low = clip
-        self.clip_high = clip if clip_high is None else clip_high
+        self.clip_low = in_range("clip", clip, 0.0, 1.0, owner=self)
+        self.clip_high = clip
+        if clip_high is not None:
+            self.clip_high = in_range("clip_high", clip_high, infinite=True, owner=self)
         self.dual_clip = dual_clip
-        if not 0 <= self.clip_low < 1 or not self.clip_high >= 0:
-            raise ValueError(
-                f"{type(self).__name__}: clip got {clip} and clip_high {clip_high}, "
-                "needs 0 <= clip < 1 and clip_high >= 0"
-            )
-        if dual_clip is not None and not dual_clip > 1:
-            raise ValueError(f"{type(self).__name__}: dual_clip got {dual_clip}, needs a number above 1")
+        if dual_clip is not None:
+            in_range("dual_clip", dual_clip, 1.0, above=True, infinite=True, owner=self)
 
     def compute(self, log_probs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
         loss = clipped_surrogate(
@@ -136,7 +133,7 @@ class ClippedValueLoss(BatchLoss):
         **loss: Unpack[LossKeys],
     ) -> None:
         super().__init__(**loss)
-        self.clip = positive(self, "clip", clip)
+        self.clip = in_range("clip", clip, above=True, owner=self)
 
     def compute(self, values: Tensor, old: Tensor, returns: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         loss = clipped_value_loss(values, old, returns, clip=self.clip)
@@ -160,7 +157,7 @@ class HuberValueLoss(BatchLoss):
 
     def __init__(self, *, delta: float = 1.0, **loss: Unpack[LossKeys]) -> None:
         super().__init__(**loss)
-        self.delta = positive(self, "delta", delta)
+        self.delta = in_range("delta", delta, above=True, owner=self)
 
     def compute(self, values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
         return huber_value_loss(values, returns, delta=self.delta)
@@ -193,7 +190,7 @@ class EntropyBonus(BatchLoss):
         **loss: Unpack[AggregateKeys],
     ) -> None:
         super().__init__(weight=weight, **loss)
-        self.region = region
+        self.region = None if region is None else in_range("region", region, owner=self)
 
     def compute(self, entropy: Tensor, mask: Tensor) -> Tensor:
         return entropy_loss(entropy, target=self.region)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from tensordict import NestedKey, TensorDictBase
 
+from ppo_kit.functional.checks import in_range
 from ppo_kit.modules.base import require
 from ppo_kit.modules.moments import Reduce, identity
 
@@ -59,7 +60,7 @@ def minibatches(
         mask_key, reduce: see ``with_counts``. Over ranks, every rank must hold the same number of rows.
 
     Raises:
-        ValueError: size or epochs is below 1.
+        ValueError: size or epochs is below 1 or no integer; the batch has no row.
 
     >>> from tensordict import TensorDict
     >>> rows = TensorDict({"row": torch.arange(5), "response_mask": torch.ones(5, 2, dtype=torch.bool)}, [5])
@@ -69,8 +70,7 @@ def minibatches(
     >>> parts[0]["num_tokens"].tolist()
     [4, 4]
     """
-    if size < 1 or epochs < 1:
-        raise ValueError(f"minibatches: size got {size} and epochs {epochs}, needs at least 1 of each")
+    _check_sizes("minibatches", batch, size=size, epochs=epochs)
     for _ in range(epochs):
         order = torch.randperm(batch.batch_size[0], generator=generator, device=generator.device)
         for rows in order.split(size):
@@ -83,14 +83,20 @@ def micro_batches(
     """Split one optimizer step's minibatch into pieces of ``size`` rows that fit in memory.
 
     The losses of the pieces add up to the loss of the whole: call ``backward`` on each and step once. A
-    minibatch without counts (not from ``minibatches``) is given its own.
+    minibatch without counts (not from ``minibatches``) is given its own. Raises as ``minibatches``.
 
     >>> from tensordict import TensorDict
     >>> minibatch = TensorDict({"response_mask": torch.ones(3, 2, dtype=torch.bool)}, [3])
     >>> [(len(part), part["num_tokens"][0].item()) for part in micro_batches(minibatch, 2)]
     [(2, 6), (1, 6)]
     """
-    if size < 1:
-        raise ValueError(f"micro_batches: size got {size}, needs at least 1")
+    _check_sizes("micro_batches", minibatch, size=size)
     counted = minibatch if "num_tokens" in minibatch else with_counts(minibatch.copy(), mask_key=mask_key)
     yield from counted.split(size)
+
+
+def _check_sizes(owner: str, batch: TensorDictBase, **sizes: int) -> None:
+    for name, value in sizes.items():
+        in_range(f"{owner}: {name}", value, 1, whole=True)
+    if not len(batch):
+        raise ValueError(f"{owner}: the batch has no row, needs at least 1")

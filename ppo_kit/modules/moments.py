@@ -37,9 +37,11 @@ def reduced_moments(x: Tensor, mask: Tensor | None = None, *, reduce: Reduce = i
     values = x.detach().double()
     valid = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
     total, _, count = reduce(_sums(values, valid, values.new_zeros(()))).unbind()
-    mean = total / count.clamp(min=1)
-    _, m2, _ = reduce(_sums(values, valid, mean)).unbind()
-    return Moments(count, mean, m2)
+    some = count.clamp(min=1)
+    mean = total / some
+    left, m2, _ = reduce(_sums(values, valid, mean)).unbind()
+    # What the rounding of the sum left of a constant is taken out of both.
+    return Moments(count, mean + left / some, (m2 - left.square() / some).clamp(min=0))
 
 
 def _sums(values: Tensor, valid: Tensor, center: Tensor) -> Tensor:

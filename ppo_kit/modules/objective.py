@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
 from ppo_kit.functional.aggregate import constant_mean, sequence_mean, token_mean
+from ppo_kit.functional.checks import in_range
 from ppo_kit.functional.masked import zero_masked
 from ppo_kit.modules.base import BatchModule, Keys
 
@@ -62,8 +63,7 @@ class ConstantMean:
     over: ClassVar[Over] = "sequences"
 
     def __post_init__(self) -> None:
-        if not self.length > 0:
-            raise ValueError(f"ConstantMean: length got {self.length}, needs a number above 0")
+        in_range("length", self.length, 1, whole=True, owner=self)
 
     def __call__(self, loss: Tensor, mask: Tensor, counts: Counts) -> Tensor:
         return constant_mean(loss, mask, length=self.length, num_sequences=counts.sequences)
@@ -102,10 +102,11 @@ class BatchLoss(BatchModule):
     Without them the batch counts its own.
 
     Args:
-        weight: what the loss is multiplied with. Diagnostics are not.
+        weight: what the loss is multiplied with, 0 or more. Diagnostics are not.
         aggregate: ``"token_mean"``, ``"sequence_mean"``, or any ``Aggregate`` such as ``ConstantMean(512)``;
             by default that of the ``Objective`` it is in, and without one the class's ``AGGREGATE``.
             Diagnostics are always averaged over tokens.
+        extra: as in ``BatchModule``.
 
     Attributes:
         over: what the loss is averaged over, ``"tokens"`` or ``"sequences"``.
@@ -121,12 +122,13 @@ class BatchLoss(BatchModule):
         *,
         weight: float = 1.0,
         aggregate: str | Aggregate | None = None,
+        extra: Sequence[NestedKey] = (),
         **keys: Unpack[Keys],
     ) -> None:
-        super().__init__(**keys)
+        super().__init__(extra=extra, **keys)
         if "loss_mask" not in self.roles:
             raise ValueError(f"{type(self).__name__}: IN is {list(self.IN)}, needs 'loss_mask' in it")
-        self.weight = weight
+        self.weight = in_range("weight", weight, owner=self)
         self.has_own_aggregate = aggregate is not None
         self.aggregate = _aggregate(self, self.AGGREGATE if aggregate is None else aggregate)
 

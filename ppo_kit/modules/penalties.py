@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -9,9 +10,11 @@ import torch
 from tensordict import NestedKey
 from torch import Tensor
 
-from ppo_kit.functional.masked import whiten
+from ppo_kit.functional.checks import in_range
+from ppo_kit.functional.masked import whiten, zero_masked
 from ppo_kit.functional.rewards import length_penalty, missing_end_penalty, overlong_penalty
-from ppo_kit.modules.base import BatchModule, Keys, at_least_zero
+from ppo_kit.modules.base import BatchModule, Keys
+from ppo_kit.modules.state import is_flag
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -20,13 +23,14 @@ if TYPE_CHECKING:
 class SumScores(BatchModule):
     """score = Σ_k weight_k · score_k: one score from several sources.
 
-    Keys: those of ``weights``, each [B] -> score [B].
+    Keys: those of ``weights``, each [B] -> score [B]; 0 in rows that ``abstained`` [B] marks, if it is there.
+    A source of weight 0 may hold anything.
 
     Args:
-        weights: {key: weight}.
+        weights: {key: weight}, of either sign.
 
     Raises:
-        ValueError: there is no source.
+        ValueError: there is no source; a weight is no finite number.
 
     >>> from tensordict import TensorDict
     >>> batch = TensorDict({"helpful": torch.tensor([1.0]), "harmless": torch.tensor([4.0])}, [1])
@@ -34,23 +38,30 @@ class SumScores(BatchModule):
     [3.0]
     """
 
-    OUT = ("score",)
+    OUT, OPTIONAL = ("score",), ("abstained",)
 
     def __init__(self, weights: Mapping[NestedKey, float], **keys: Unpack[Keys]) -> None:
-        if not weights:
-            raise ValueError("SumScores: weights got {}, needs at least one source")
+        if not isinstance(weights, Mapping) or not weights:
+            raise ValueError(
+                f"SumScores: weights got {weights!r}, needs {{key: weight}}, at least one source"
+            )
         super().__init__(extra=tuple(weights), **keys)
-        self.weights = tuple(weights.values())
+        self.weights = tuple(
+            in_range(f"weight of {key!r}", weight, -math.inf, owner=self) for key, weight in weights.items()
+        )
 
-    def compute(self, *scores: Tensor) -> Tensor:
-        weighted = [weight * score for weight, score in zip(self.weights, scores, strict=True)]
-        return torch.stack(weighted).sum(0)
+    def compute(self, *inputs: Tensor) -> Tensor:
+        *scores, abstained = inputs
+        total = torch.zeros_like(scores[0], dtype=torch.float32)
+        for weight, score in zip(self.weights, scores, strict=True):
+            total = total + weight * score if weight else total
+        return total if abstained is None else zero_masked(total, ~abstained)
 
 
 class ScoreWhiten(BatchModule):
     """r' = (r − mean) / √(var + eps) over the responses of the batch at hand, with no memory.
 
-    Keys: score [B] -> shaped_score [B].
+    Keys: score [B] -> shaped_score [B]; rows that ``abstained`` [B] marks are left out and get 0.
 
     >>> from tensordict import TensorDict
     >>> batch = TensorDict({"score": torch.tensor([1.0, 3.0])}, [2])
@@ -58,15 +69,16 @@ class ScoreWhiten(BatchModule):
     [-0.707, 0.707]
     """
 
-    IN, OUT = ("score",), ("shaped_score",)
+    IN, OUT, OPTIONAL = ("score",), ("shaped_score",), ("abstained",)
 
     def __init__(self, *, shift_mean: bool = True, eps: float = 1e-8, **keys: Unpack[Keys]) -> None:
         super().__init__(**keys)
-        self.shift_mean, self.eps = shift_mean, at_least_zero(self, "eps", eps)
+        self.shift_mean = is_flag(self, "shift_mean", shift_mean)
+        self.eps = in_range("eps", eps, owner=self)
 
-    def compute(self, score: Tensor) -> Tensor:
-        everyone = torch.ones_like(score, dtype=torch.bool)
-        return whiten(score, everyone, shift_mean=self.shift_mean, eps=self.eps)
+    def compute(self, score: Tensor, abstained: Tensor | None) -> Tensor:
+        rows = torch.ones_like(score, dtype=torch.bool) if abstained is None else ~abstained
+        return whiten(score, rows, shift_mean=self.shift_mean, eps=self.eps)
 
 
 class LengthPenalty(BatchModule):
@@ -88,8 +100,8 @@ class LengthPenalty(BatchModule):
 
     def __init__(self, per_token: float, *, free: int = 0, **keys: Unpack[Keys]) -> None:
         super().__init__(**keys)
-        self.per_token = at_least_zero(self, "per_token", per_token)
-        self.free = int(at_least_zero(self, "free", free))
+        self.per_token = in_range("per_token", per_token, owner=self)
+        self.free = int(in_range("free", free, whole=True, owner=self))
 
     def compute(self, score: Tensor, mask: Tensor) -> Tensor:
         return score + length_penalty(mask, per_token=self.per_token, free=self.free)
@@ -114,11 +126,9 @@ class OverlongPenalty(BatchModule):
 
     def __init__(self, *, max_length: int, buffer: int, weight: float = 1.0, **keys: Unpack[Keys]) -> None:
         super().__init__(**keys)
-        if not 1 <= buffer <= max_length:
-            raise ValueError(
-                f"OverlongPenalty: buffer got {buffer}, needs 1 <= buffer <= max_length = {max_length}"
-            )
-        self.max_length, self.buffer, self.weight = max_length, buffer, weight
+        self.max_length = int(in_range("max_length", max_length, 1, whole=True, owner=self))
+        self.buffer = int(in_range("buffer", buffer, 1, max_length, whole=True, owner=self))
+        self.weight = in_range("weight", weight, owner=self)
 
     def compute(self, score: Tensor, mask: Tensor) -> Tensor:
         return score + self.weight * overlong_penalty(mask, max_length=self.max_length, buffer=self.buffer)
@@ -139,7 +149,7 @@ class MissingEndPenalty(BatchModule):
 
     def __init__(self, penalty: float = 1.0, **keys: Unpack[Keys]) -> None:
         super().__init__(**keys)
-        self.penalty = at_least_zero(self, "penalty", penalty)
+        self.penalty = in_range("penalty", penalty, owner=self)
 
     def compute(self, score: Tensor, truncated: Tensor) -> Tensor:
         return score + missing_end_penalty(truncated, penalty=self.penalty)

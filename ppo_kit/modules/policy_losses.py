@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ppo_kit.functional.checks import in_range
 from ppo_kit.functional.entropy import kl_cov
 from ppo_kit.functional.kl import kl_estimate
 from ppo_kit.functional.masked import masked_mean, zero_masked
@@ -23,7 +24,7 @@ from ppo_kit.functional.policy import (
     truncated_importance_weights,
 )
 from ppo_kit.functional.sequence_policy import gmpo, sequence_clipped_surrogate
-from ppo_kit.modules.base import BatchModule, Keys, at_least_zero, positive
+from ppo_kit.modules.base import BatchModule, Keys
 from ppo_kit.modules.losses import ratio_diagnostics
 from ppo_kit.modules.objective import BatchLoss, LossKeys
 
@@ -96,7 +97,7 @@ class PPOPenalty(RatioLoss):
 
     def __init__(self, beta: float, **loss: Unpack[LossKeys]) -> None:
         super().__init__(**loss)
-        self.beta = at_least_zero(self, "beta", beta)
+        self.beta = in_range("beta", beta, owner=self)
 
     def compute(self, log_probs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
         kl = kl_estimate(old.detach(), log_probs, kind="k3")
@@ -119,9 +120,8 @@ class KLCov(RatioLoss):
 
     def __init__(self, *, fraction: float = 2e-4, beta: float = 1.0, **loss: Unpack[LossKeys]) -> None:
         super().__init__(**loss)
-        if not 0 < fraction <= 1:
-            raise ValueError(f"KLCov: fraction got {fraction}, needs a number in (0, 1]")
-        self.fraction, self.beta = fraction, at_least_zero(self, "beta", beta)
+        self.fraction = in_range("fraction", fraction, 0.0, 1.0, above=True, owner=self)
+        self.beta = in_range("beta", beta, owner=self)
 
     def compute(self, log_probs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
         loss = kl_cov(log_probs, old, advantages, mask, fraction=self.fraction, beta=self.beta)
@@ -136,12 +136,8 @@ class ClippedRatioLoss(BatchLoss):
 
     def __init__(self, clip: float, clip_high: float, **loss: Unpack[LossKeys]) -> None:
         super().__init__(**loss)
-        if not 0 <= clip <= 1 or not clip_high >= 0:
-            raise ValueError(
-                f"{type(self).__name__}: clip got {clip} and clip_high {clip_high}, "
-                "needs 0 <= clip <= 1 and clip_high >= 0"
-            )
-        self.clip_low, self.clip_high = clip, clip_high
+        self.clip_low = in_range("clip", clip, 0.0, 1.0, owner=self)
+        self.clip_high = in_range("clip_high", clip_high, infinite=True, owner=self)
 
 
 class CISPO(ClippedRatioLoss):
@@ -220,8 +216,8 @@ class GMPO(BatchLoss):
         self, *, log_clip: float = 0.4, log_clip_high: float = 0.4, **loss: Unpack[LossKeys]
     ) -> None:
         super().__init__(**loss)
-        self.log_clip = at_least_zero(self, "log_clip", log_clip)
-        self.log_clip_high = at_least_zero(self, "log_clip_high", log_clip_high)
+        self.log_clip = in_range("log_clip", log_clip, owner=self)
+        self.log_clip_high = in_range("log_clip_high", log_clip_high, owner=self)
 
     def compute(self, log_probs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
         loss = gmpo(
@@ -254,7 +250,7 @@ class TruncatedImportance(BatchModule):
 
     def __init__(self, cap: float = 2.0, **keys: Unpack[Keys]) -> None:
         super().__init__(**keys)
-        self.cap = positive(self, "cap", cap)
+        self.cap = in_range("cap", cap, above=True, owner=self)
 
     def compute(
         self, advantages: Tensor, old: Tensor, sampler: Tensor, mask: Tensor

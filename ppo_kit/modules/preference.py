@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from tensordict import TensorDict, TensorDictBase
 
+from ppo_kit.functional.checks import in_range
 from ppo_kit.functional.preference import pairwise_loss, reward_model_loss
-from ppo_kit.modules.base import BatchModule, Keys, at_least_zero
+from ppo_kit.modules.base import BatchModule, Keys
 from ppo_kit.modules.objective import count_of
 
 if TYPE_CHECKING:
@@ -41,8 +42,8 @@ class PairwiseLoss(BatchModule):
 
     def __init__(self, *, lm_weight: float = 0.0, margin: float = 0.0, **keys: Unpack[Keys]) -> None:
         super().__init__(extra=("log_probs", "loss_mask") if lm_weight else (), **keys)
-        self.lm_weight = at_least_zero(self, "lm_weight", lm_weight)
-        self.margin = at_least_zero(self, "margin", margin)
+        self.lm_weight = in_range("lm_weight", lm_weight, owner=self)
+        self.margin = in_range("margin", margin, owner=self)
 
     def forward(self, batch: TensorDictBase) -> TensorDict:
         score, *text = self.read(batch)

@@ -9,10 +9,12 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from ppo_kit.functional.checks import in_range
 from ppo_kit.functional.moments import Moments, merge_moments
 from ppo_kit.functional.rewards import place_score
-from ppo_kit.modules.base import BatchModule, Keys, positive, require
+from ppo_kit.modules.base import BatchModule, Keys, require
 from ppo_kit.modules.moments import Reduce, identity, reduced_moments
+from ppo_kit.modules.state import is_function
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -45,7 +47,10 @@ class RunningScore(BatchModule):
         **keys: Unpack[Keys],
     ) -> None:
         super().__init__(**keys)
-        self.eps, self.reduce = positive(self, "eps", eps), reduce
+        self.eps, self.reduce = (
+            in_range("eps", eps, above=True, owner=self),
+            is_function(self, "reduce", reduce),
+        )
         for name in ("count", "mean", "m2"):
             self.register_buffer(name, torch.zeros((), dtype=torch.float64))
 
@@ -58,18 +63,23 @@ class RunningScore(BatchModule):
     def update(self, batch: TensorDictBase) -> None:
         """Merge the batch's scores into the moments. Call it once per rollout, before ``forward``.
 
+        Rows that ``abstained`` [B] marks are left out, where the batch holds it.
+
         Raises:
             KeyError: the batch has no score. ValueError: a score is not finite (it would spoil the moments
                 for the rest of the run).
         """
         key = self.in_keys[0]
         score = require(batch, key, f"{type(self).__name__}.update")
-        if not bool(score.isfinite().all()):
-            row = int((~score.isfinite()).nonzero()[0, 0])
+        abstained = batch.get("abstained", None)
+        rows = torch.ones_like(score, dtype=torch.bool) if abstained is None else ~abstained
+        wrong = ~score.isfinite() & rows
+        if bool(wrong.any()):
+            row = int(wrong.nonzero()[0, 0])
             raise ValueError(
                 f"{type(self).__name__}.update: {key!r} row {row} is {score[row].item()}, needs a finite one"
             )
-        merged = merge_moments(self.moments, reduced_moments(score, reduce=self.reduce))
+        merged = merge_moments(self.moments, reduced_moments(score, rows, reduce=self.reduce))
         self.count.copy_(merged.count)
         self.mean.copy_(merged.mean)
         self.m2.copy_(merged.m2)
@@ -143,7 +153,7 @@ class ScoreClip(BatchModule):
         **keys: Unpack[Keys],
     ) -> None:
         super().__init__(**keys)
-        self.delta = positive(self, "delta", delta)
+        self.delta = in_range("delta", delta, above=True, owner=self)
 
     def compute(self, score: Tensor) -> Tensor:
         return score.clamp(-self.delta, self.delta)

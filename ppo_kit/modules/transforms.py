@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from tensordict import NestedKey
 from torch import Tensor
 
-from ppo_kit.functional.masked import whiten, zero_masked
-from ppo_kit.modules.base import BatchModule, Keys, positive
+from ppo_kit.functional.checks import in_range
+from ppo_kit.functional.masked import at_least_float32, whiten, zero_masked
+from ppo_kit.modules.base import BatchModule, Keys
 from ppo_kit.modules.moments import Reduce, reduced_moments
+from ppo_kit.modules.state import is_flag, is_function
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -19,7 +22,7 @@ class Whiten(BatchModule):
     """x ← (x − mean) / σ over the batch's valid tokens: per rollout or per minibatch, by where it is put.
 
     Put it before a minibatch is split into micro-batches. Keys: ``key`` [B,T], action_mask -> ``key``,
-    0 where masked. σ² is the unbiased variance + eps.
+    0 where masked. σ² is the unbiased variance + eps, in float64: equal values give exactly 0.
 
     Args:
         key: which key; ``in_keys`` and ``out_keys`` rename further.
@@ -46,15 +49,18 @@ class Whiten(BatchModule):
         **keys: Unpack[Keys],
     ) -> None:
         super().__init__(**{"in_keys": [key, "action_mask"], "out_keys": [key]} | keys)
-        self.shift_mean, self.eps, self.reduce = shift_mean, eps, reduce
+        self.shift_mean = is_flag(self, "shift_mean", shift_mean)
+        self.eps = in_range("eps", eps, owner=self)
+        self.reduce = None if reduce is None else is_function(self, "reduce", reduce)
 
     def compute(self, x: Tensor, mask: Tensor) -> Tensor:
         if self.reduce is None:
             return whiten(x, mask, shift_mean=self.shift_mean, eps=self.eps)
         moments = reduced_moments(x, mask, reduce=self.reduce)
-        variance = moments.m2 / (moments.count - 1).clamp(min=1)
-        white = (x - moments.mean) * (variance + self.eps).rsqrt()
-        return zero_masked(white if self.shift_mean else white + moments.mean, mask)
+        variance = moments.m2 / (moments.count - 1).clamp(min=1) + self.eps
+        white = (x.double() - moments.mean) * torch.where(variance > 0, variance, 1.0).rsqrt()
+        white = white if self.shift_mean else white + moments.mean
+        return zero_masked(white, mask).to(at_least_float32(x).dtype)
 
 
 class Clip(BatchModule):
@@ -79,7 +85,7 @@ class Clip(BatchModule):
         **keys: Unpack[Keys],
     ) -> None:
         super().__init__(**{"in_keys": [key, "action_mask"], "out_keys": [key]} | keys)
-        self.delta = positive(self, "delta", delta)
+        self.delta = in_range("delta", delta, above=True, owner=self)
 
     def compute(self, x: Tensor, mask: Tensor) -> Tensor:
         return zero_masked(x, mask).clamp(-self.delta, self.delta)

@@ -71,7 +71,7 @@ def test_flags_override_a_file_of_settings(told, tmp_path, end, text):
     ("parts: 3", ["parts", "3"]),
     ("parts: null", ["parts", "None"]),
     ("parts: [1]", ["parts", "[1]"]),
-    ("schedule: cosine", ["schedule", "'cosine'", "'constant'"]),
+    ("schedule: cosin", ["schedule", "'cosin'", "'constant'"]),
     ("zero_stage: 4", ["zero_stage", "4", "3", "null"]),
     ("zero_stage: true", ["zero_stage", "True"]),
     ("out: 3", ["out", "3", "Path"]),
@@ -132,7 +132,7 @@ def test_a_preset_lies_with_its_recipe(toy, told, tmp_path, monkeypatch):
     (["--kl", "1"], ["--kl"]),
     (["--steps", "many"], ["--steps", "many"]),
     (["--steps"], ["--steps"]),
-    (["--schedule", "cosine"], ["cosine", "constant"]),
+    (["--schedule", "cosin"], ["cosin", "constant"]),
     (["stray"], ["stray"]),
 ])  # fmt: skip
 def test_a_wrong_flag_is_named_with_the_likeliest_one(told, flags, named):

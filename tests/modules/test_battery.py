@@ -37,7 +37,6 @@ from ppo_kit.modules import (
     MissingEndPenalty,
     MonteCarlo,
     OverlongPenalty,
-    PairwiseLoss,
     PlaceScore,
     PolicyGradient,
     PPOPenalty,
@@ -103,7 +102,8 @@ POLICY = [
     part(GSPO, clip=0.1, clip_high=0.1),
     part(GMPO),
     part(KLLoss, 0.1),
-    part(KLLoss, 0.1, kind="k2", aggregate="sequence_mean"),
+    part(KLLoss, 0.1, kind="k3", aggregate="sequence_mean"),
+    part(KLLoss, 0.1, kind="k3_weighted"),
     part(LanguageModelLoss, weight=0.3),
 ]
 CRITIC = [part(SquaredValueLoss), part(ClippedValueLoss), part(HuberValueLoss, delta=0.5)]
@@ -140,16 +140,12 @@ def test_order_of_rows_changes_nothing(make):
 @every([*SHAPING, *LOSSES])
 def test_a_mask_with_holes_gives_what_the_compacted_sequence_gives(make):
     module = make()
-    if make.func in (GAE, MonteCarlo):
-        pytest.xfail("waits for the pure functions")
     check_holes(module, on=batches(extra=EXTRA, holes=True), max_examples=12)
 
 
 @every([*SHAPING, *LOSSES])
 def test_garbage_in_the_holes_changes_nothing(make):
     module = make()
-    if make.func in (GAE, MonteCarlo):
-        pytest.xfail("waits for the pure functions")
     check_padding_invariance(module, on=batches(extra=EXTRA, holes=True), max_examples=8)
 
 
@@ -283,43 +279,19 @@ def test_wrong_batches_are_named(make):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ScoreClip(0), "ScoreClip: delta got 0, needs a finite number above 0"),
-        (lambda: ScoreNormalize(eps=0), "ScoreNormalize: eps got 0"),
-        (lambda: Clip(float("nan")), "Clip: delta got nan"),
+        (lambda: ScoreClip(0), "ScoreClip: delta got 0, needs a number in (0, inf)"),
         (lambda: GAE(gamma=1.1), "GAE: gamma got 1.1, needs a number in [0, 1]"),
-        (lambda: GAE(lam=-0.1), "GAE: lam got -0.1"),
-        (lambda: GAE(critic_lam=2), "GAE: critic_lam got 2"),
-        (lambda: MonteCarlo(2.0), "MonteCarlo: gamma got 2.0"),
-        (lambda: GRPO(eps=-1), "GRPO: eps got -1, needs a finite number, 0 or more"),
-        (lambda: ClippedSurrogate(clip=1.5), "ClippedSurrogate: clip got 1.5 and clip_high None"),
-        (
-            lambda: ClippedSurrogate(dual_clip=1.0),
-            "ClippedSurrogate: dual_clip got 1.0, needs a number above 1",
-        ),
-        (lambda: ClippedSurrogate(aggregate="mean"), "aggregate got 'mean', needs one of"),
-        (lambda: ConstantMean(0), "ConstantMean: length got 0"),
-        (lambda: ClippedValueLoss(clip=0), "ClippedValueLoss: clip got 0"),
-        (lambda: HuberValueLoss(delta=-1), "HuberValueLoss: delta got -1"),
-        (lambda: PPOPenalty(-1), "PPOPenalty: beta got -1"),
-        (lambda: KLCov(fraction=0), "KLCov: fraction got 0, needs a number in (0, 1]"),
-        (lambda: GSPO(clip=2), "GSPO: clip got 2"),
-        (lambda: GMPO(log_clip=-1), "GMPO: log_clip got -1"),
-        (lambda: TruncatedImportance(0), "TruncatedImportance: cap got 0"),
-        (lambda: OverlongPenalty(max_length=4, buffer=5), "OverlongPenalty: buffer got 5"),
-        (lambda: LengthPenalty(-1), "LengthPenalty: per_token got -1"),
-        (lambda: MissingEndPenalty(-1), "MissingEndPenalty: penalty got -1"),
         (lambda: SumScores({}), "SumScores: weights got {}"),
         (
             lambda: KLLoss(0.1, kind="k1"),
             "KLLoss: kind got 'k1', whose gradient does not depend on the reference",
         ),
         (lambda: KLPenalty(0.1, kind="k4"), "KLPenalty: kind got 'k4', needs one of ['k1', 'k2', 'k3']"),
-        (lambda: PairwiseLoss(margin=-1), "PairwiseLoss: margin got -1"),
         (lambda: GAE(in_keys=["rewards"]), "GAE: in_keys got ['rewards'], needs 3 in the order"),
         (lambda: PlaceScore(out_keys="rewards"), "PlaceScore: out_keys got 'rewards', needs a list of keys"),
     ],
 )
-def test_wrong_settings_are_named(make, message):
+def test_messages_say_what_was_got_and_what_is_needed(make, message):
     with pytest.raises(ValueError) as error:  # noqa: PT011 - compared below
         make()
     assert message in str(error.value)

@@ -99,18 +99,18 @@ def test_state_survives():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: FixedKL(-1), "FixedKL: coef got -1, needs a finite number, 0 or more"),
+        (lambda: FixedKL(-1), "FixedKL: coef got -1, needs a number in [0, inf)"),
         (lambda: FixedKL(math.nan), "FixedKL: coef got nan"),
         (lambda: AdaptiveKL(0, 1, 1), "AdaptiveKL: init got 0"),
         (lambda: AdaptiveKL(1, 0, 1), "AdaptiveKL: target got 0"),
         (lambda: AdaptiveKL(1, 1, 0), "AdaptiveKL: horizon got 0"),
         (lambda: PIKL(1, 1, 1, gain=-1), "PIKL: gain got -1"),
         (lambda: PIKL(1, -1, 1), "PIKL: target got -1"),
-        (lambda: AdaptiveKL(1, 1, 1).update(math.nan, 1), "AdaptiveKL.update: kl got nan"),
-        (lambda: PIKL(1, 1, 1).update(math.inf, 1), "PIKL.update: kl got inf"),
+        (lambda: AdaptiveKL(1, 1, 1).update(math.nan, 1), "AdaptiveKL: kl got nan"),
+        (lambda: PIKL(1, 1, 1).update(math.inf, 1), "PIKL: kl got inf"),
         (
             lambda: AdaptiveKL(1, 1, 10).update(0.0, 50),
-            "AdaptiveKL.update: num got 50, needs less than 5 x horizon",
+            "AdaptiveKL: num got 50, needs less than 5 x horizon",
         ),
     ],
 )
@@ -120,16 +120,77 @@ def test_wrong_settings_are_named(make, message):
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("kind", ["k2", "k3"])
-def test_the_gradient_of_the_loss_is_that_of_an_exact_kl(kind):
-    """Every token of a small vocabulary, weighted by the policy, in place of samples."""
+def small_vocabulary():
+    """Policy (a leaf), reference and behaviour policy over five tokens, in float64."""
     generator = torch.Generator().manual_seed(0)
-    logits, ref = (torch.randn(5, dtype=torch.float64, generator=generator) for _ in range(2))
+    return [torch.randn(5, dtype=torch.float64, generator=generator) for _ in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "sampled_by", "gradient_of"),
+    [
+        ("k2", "policy", "reverse"),
+        (None, "policy", "reverse"),
+        ("k3", "policy", "forward"),
+        ("k3_weighted", "policy", "reverse"),
+        ("k3_weighted", "old", "reverse"),
+    ],
+)
+def test_the_gradient_of_the_loss_is_that_of_an_exact_kl(kind, sampled_by, gradient_of):
+    """Every token of a small vocabulary, weighted by the policy that samples, in place of samples.
+
+    kind None is the default. Reverse: KL(policy, reference).
+    """
+    logits, ref, old = small_vocabulary()
     leaf = logits.clone().requires_grad_()
-    log_probs = leaf.log_softmax(-1)
-    probs = log_probs.detach().exp()
-    loss = KLLoss(1.0, kind=kind).compute(log_probs[None], ref.log_softmax(-1)[None], None)
-    (got,) = torch.autograd.grad((probs * loss[0]).sum(), leaf)
-    pair = (leaf, ref) if kind == "k2" else (ref, leaf)
+    log_probs, old_log_probs = leaf.log_softmax(-1), old.log_softmax(-1)
+    if sampled_by == "policy":
+        old_log_probs = log_probs.detach()
+    batch = TensorDict({"log_probs": log_probs[None], "ref_log_probs": ref.log_softmax(-1)[None]}, [1])
+    batch["old_log_probs"] = old_log_probs[None]
+    batch["response_mask"] = torch.ones(1, 5, dtype=torch.bool)
+
+    def expectation(loss, mask, counts):
+        return (old_log_probs.exp() * loss[0]).sum()
+
+    kinds = {} if kind is None else {"kind": kind}
+    loss = KLLoss(1.0, aggregate=expectation, **kinds)(batch)["loss_kl"]
+    (got,) = torch.autograd.grad(loss, leaf)
+    pair = (leaf, ref) if gradient_of == "reverse" else (ref, leaf)
     (expected,) = torch.autograd.grad(kl_exact(*pair), leaf)
     torch.testing.assert_close(got, expected)
+
+
+def test_k2_is_not_the_reverse_kl_on_tokens_of_an_older_policy():
+    """What ``k3_weighted`` is there for."""
+    logits, ref, old = small_vocabulary()
+    leaf = logits.clone().requires_grad_()
+    loss = KLLoss(1.0).compute(leaf.log_softmax(-1)[None], ref.log_softmax(-1)[None], None)
+    (got,) = torch.autograd.grad((old.softmax(-1) * loss[0]).sum(), leaf)
+    (expected,) = torch.autograd.grad(kl_exact(leaf, ref), leaf)
+    assert not torch.allclose(got, expected, rtol=0.1)
+
+
+def test_only_the_weighted_kind_reads_the_behaviour_policy():
+    assert "old_log_probs" not in KLLoss(0.1).in_keys
+    assert KLLoss(0.1, kind="k3_weighted").in_keys == [
+        "log_probs",
+        "ref_log_probs",
+        "loss_mask",
+        "old_log_probs",
+    ]
+
+
+@pytest.mark.parametrize("kind", ["k2", "k3", "k3_weighted"])
+def test_a_cap_keeps_a_far_token_finite(kind):
+    one = torch.ones(1, 2)
+    batch = TensorDict({"log_probs": -101 * one, "old_log_probs": -101 * one, "ref_log_probs": -one}, [1])
+    batch["log_probs"].requires_grad_()
+    batch["response_mask"] = one.bool()
+    loss = KLLoss(1.0, kind=kind, cap=20.0)(batch)["loss_kl"]
+    (grad,) = torch.autograd.grad(loss, batch["log_probs"])
+    assert loss.isfinite()
+    assert grad.isfinite().all()
+    penalty = KLPenalty(1.0, kind="k3", cap=20.0)
+    batch["rewards"] = 0 * one
+    assert penalty(batch)["kl"].isfinite().all()

@@ -206,8 +206,8 @@ def test_entropy_ptx_and_kl():
     check(EntropyBonus(0.1), lambda h: (-0.1 * h,))
     check(EntropyBonus(0.1, 0.7), lambda h: (0.1 * abs(h - 0.7),))
     check(LanguageModelLoss(weight=0.3), lambda lp: (-0.3 * lp,))
-    check(KLLoss(0.2), lambda lp, ref: (0.2 * k3(ref - lp),))
-    check(KLLoss(0.2, kind="k2"), lambda lp, ref: (0.2 * (lp - ref) ** 2 / 2,))
+    check(KLLoss(0.2), lambda lp, ref: (0.2 * (lp - ref) ** 2 / 2,))
+    check(KLLoss(0.2, kind="k3"), lambda lp, ref: (0.2 * k3(ref - lp),))
 
 
 def lengths(equation):

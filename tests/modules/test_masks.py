@@ -88,7 +88,6 @@ def test_kl_and_whitening_are_over_actions():
     assert white == pytest.approx([-(0.5**0.5), 0.0, 0.5**0.5])
 
 
-@pytest.mark.xfail(reason="waits for the pure functions")
 def test_a_hole_gives_the_advantages_of_the_compacted_sequence():
     """The middle token is a tool's: δ and λ skip it, at γ = 1, λ = 0.95."""
     batch = batch_of(rewards=[[0.0, 0.0, 1.0]], old_values=[[0.3, 9.0, 0.6]], action_mask=HOLE)

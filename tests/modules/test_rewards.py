@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tensordict import TensorDict
 
 from ppo_kit.functional import moments_of
-from ppo_kit.modules import PlaceScore, ScoreNormalize, ScoreScale
+from ppo_kit.modules import PlaceScore, ScoreNormalize, ScoreScale, ScoreWhiten, Whiten
 from ppo_kit.modules.moments import reduced_moments
 from ppo_kit.testing import check_state_roundtrip
 
@@ -109,6 +109,31 @@ def test_ranks_agree_on_the_moments_of_the_whole():
             torch.testing.assert_close(getattr(moments, name), getattr(expected, name), rtol=1e-9, atol=0)
     same = across_ranks([torch.full((3,), 3.1), torch.full((5,), 3.1)])
     assert all(moments.m2 == 0 for moments in same)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [0.1, 1000.1, -3.7e4, 1e-7, 1e25])
+def test_a_constant_is_whitened_to_0_on_both_paths(dtype, value):
+    if not torch.tensor(value, dtype=dtype).isfinite():
+        value = 3e4
+    x = torch.full((1, 30), value, dtype=dtype)
+    mask = torch.ones(1, 30, dtype=torch.bool)
+    for eps in (1e-8, 0.0):
+        for reduce in (None, lambda sums: sums, lambda sums: 3 * sums):
+            batch = TensorDict({"advantages": x, "response_mask": mask}, [1])
+            assert Whiten(reduce=reduce, eps=eps)(batch)["advantages"].eq(0).all()
+            batch = TensorDict({"advantages": x, "response_mask": mask}, [1])
+            kept = Whiten(reduce=reduce, eps=eps, shift_mean=False)(batch)["advantages"]
+            assert torch.equal(kept, x.to(kept.dtype))
+        assert ScoreWhiten(eps=eps)(TensorDict({"score": x[0]}, [30]))["shaped_score"].eq(0).all()
+
+
+def test_large_numbers_are_whitened_right():
+    batch = TensorDict({"advantages": torch.tensor([[1e25, -1e25]])}, [1])
+    batch["response_mask"] = torch.ones(1, 2, dtype=torch.bool)
+    for reduce in (None, lambda sums: sums):
+        white = Whiten(reduce=reduce)(batch.clone())["advantages"][0].tolist()
+        assert white == pytest.approx([0.5**0.5, -(0.5**0.5)])
 
 
 def test_masked_moments_ignore_garbage():
