@@ -69,7 +69,7 @@ def test_the_columns_that_a_function_names_are_bound(batch, kind, workers):
         seen.update(zip(answer, truncated.tolist(), strict=True))
         return [float(a == b) for a, b in zip(responses, answer, strict=True)]
 
-    def default(prompts, responses, *, answer, missing=7):
+    def default(prompts, responses, *, answer=(), missing=7):
         assert missing == 7
         return [float(a == b) for a, b in zip(responses, answer, strict=True)]
 
