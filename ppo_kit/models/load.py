@@ -162,13 +162,16 @@ def _merged(model: PreTrainedModel, name: str) -> PreTrainedModel:
         raise ValueError(f"{name}: an adapter cannot be added to sharded weights; merge it first, or lower "
                          "--zero-stage")  # fmt: skip
     try:
-        from peft import PeftModel
+        from peft import PeftConfig, PeftModel
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"{name} is an adapter, which needs: pip install peft") from error
     source = model_source(name)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        adapted = PeftModel.from_pretrained(model, source, autocast_adapter_dtype=False)
+        config = PeftConfig.from_pretrained(source)
+        if not (hasattr(model, "score") and config.task_type == "SEQ_CLS"):
+            config.task_type = None  # its layers alone: no head, and nothing of ``generate``
+        adapted = PeftModel.from_pretrained(model, source, config=config, autocast_adapter_dtype=False)
     lacking = [str(each.message) for each in caught if "missing adapter keys" in str(each.message)]
     if lacking:
         raise ValueError(f"{name}: {lacking[0]}")

@@ -20,7 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ppo_kit.models.adapter_check import check_adapter, probe_ids
 from ppo_kit.models.policy import checkpoint_activations, disable_dropout
+from ppo_kit.models.save import save_weights
 
 
 class LoRA:
@@ -30,14 +32,19 @@ class LoRA:
     when gradients flow: two of them may run before one backward. Gradient checkpointing would recompute
     under whichever ran last; do not combine it with two adapters on one model.
 
+    Adapted are the linear layers that the model calls, but for its head. Expert weights of mixtures are no
+    layers, and state-space blocks read some weights without calling a layer: these stay as they are. Whether
+    an adapter can be saved, loaded and merged is tried when it is made, with random weights, on one sequence.
+
     Args:
-        model: changed in place: frozen, without dropout, its linear layers but the head wrapped.
+        model: changed in place: frozen, without dropout, the adapted layers wrapped.
         rank: of A and B. alpha: scale times rank; None takes twice the rank.
         seed: of A's random start.
 
     Raises:
         ModuleNotFoundError: peft is not installed.
-        ValueError: the rank is below 1.
+        ValueError: the rank is below 1; an adapter of this model could not be saved and loaded, or merged,
+            with the reason.
     """
 
     def __init__(
@@ -48,10 +55,12 @@ class LoRA:
         self.model, self.rank, self.seed = model, rank, seed
         self.alpha = 2 * rank if alpha is None else alpha
         self.names: list[str] = []
-        self._active: str | None = None
-        self._layers: dict[str, Any] = {}
+        self.active: str | None = None
+        self.layers: dict[str, Any] = {}
+        self.plain_shapes = {key: weight.shape for key, weight in model.state_dict().items()}
         disable_dropout(model)
         model.requires_grad_(False)
+        self._targets = _called_layers(model)
 
     def causal(self, name: str | None) -> AdaptedModel:
         """The language model under adapter ``name`` (made when new), for ``Policy``; None is adapter off."""
@@ -66,7 +75,7 @@ class LoRA:
 
     def use(self, name: str | None) -> None:
         """Let adapter ``name`` compute, or the model itself."""
-        if name != self._active:
+        if name != self.active:
             self._switch(name)
 
     def weights(self, name: str) -> dict[str, nn.Parameter]:
@@ -76,11 +85,19 @@ class LoRA:
         return {key.replace(mark, ".weight"): weight for key, weight in held if key.endswith(mark)}
 
     def merged(self, name: str) -> dict[str, Tensor]:
-        """The plain model's weights with adapter ``name`` added in: W + (alpha / rank) B A."""
+        """The plain model's weights with adapter ``name`` added in: W + (alpha / rank) B A.
+
+        Unlike peft's ``merge_and_unload`` it leaves the model as it is, for a run that goes on.
+        """
         weights = {key: value for key, value in self.model.state_dict().items() if "lora_" not in key}
-        for key, layer in self._layers.items():
+        for key, layer in self.layers.items():
             weights[f"{key}.base_layer.weight"] = layer.base_layer.weight + layer.get_delta_weight(name)
         return {key.replace(".base_layer.", "."): value.detach() for key, value in weights.items()}
+
+    def merged_shapes(self) -> dict[str, torch.Size]:
+        """Names and shapes of :meth:`merged`, without computing it."""
+        weights = {key: value for key, value in self.model.state_dict().items() if "lora_" not in key}
+        return {key.replace(".base_layer.", "."): value.shape for key, value in weights.items()}
 
     def save_adapter(self, name: str, folder: Path) -> None:
         """Write adapter ``name`` alone, as peft and ``from_pretrained`` load it; it names its base."""
@@ -93,14 +110,15 @@ class LoRA:
         config.base_model_name_or_path = self.model.config._name_or_path
         config.task_type = "CAUSAL_LM"
         config.inference_mode = True
-        config.target_modules = sorted(
-            {key.rsplit(".lora_", 1)[0].rsplit(".", 1)[-1] for key in self.weights(name)}
-        )
+        # By their last names, as other programs expect, where those name no other layer.
+        last = {key.rsplit(".", 1)[-1] for key in self._targets}
+        named = {key for key, _ in self.model.named_modules() if key.rsplit(".", 1)[-1] in last}
+        config.target_modules = sorted(last if named == set(self._targets) else self._targets)
         config.save_pretrained(folder)
 
     def save_merged(self, name: str, folder: Path) -> None:
         """Write the plain model with adapter ``name`` added in; peft is not needed to load it."""
-        self.model.save_pretrained(folder, state_dict=self.merged(name))
+        save_weights(self.model, folder, state_dict=self.merged(name))
 
     def _add(self, name: str | None) -> str | None:
         if name is None or name in self.names:
@@ -113,37 +131,75 @@ class LoRA:
         with torch.random.fork_rng([device] if device.type == "cuda" else []), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two adapters are meant
             torch.manual_seed(self.seed + len(self.names))
-            inject_adapter_in_model(self._config(), self.model, adapter_name=name)
+            try:
+                inject_adapter_in_model(self._config(), self.model, adapter_name=name)
+            except ValueError as error:
+                raise ValueError(f"LoRA on {self.model.config.model_type}: peft says: {error}") from None
         self.names.append(name)
-        self._layers = {key: layer for key, layer in self.model.named_modules() if hasattr(layer, "lora_A")}
-        self._switch(self._active)
+        self.layers = {key: layer for key, layer in self.model.named_modules() if hasattr(layer, "lora_A")}
+        self._switch(self.active)
+        if len(self.names) == 1 and self.model.device.type != "meta":
+            check_adapter(self, name)
         return name
 
     def _switch(self, name: str | None) -> None:
-        for layer in self._layers.values():
+        for layer in self.layers.values():
             layer.enable_adapters(name is not None)
             if name is not None:
                 layer.set_adapter(name)
         # peft freezes what does not compute. A graph that waits for its backward would lose its gradients.
         for weight in self._lora_weights().values():
             weight.requires_grad_(True)
-        self._active = name
+        self.active = name
 
     def _config(self) -> Any:
         from peft import LoraConfig
 
-        heads = {id(self.model.get_output_embeddings()), id(getattr(self.model, "score", None))}
         conv = any(type(layer).__name__ == "Conv1D" for layer in self.model.modules())  # GPT-2's [in,out]
         return LoraConfig(
-            r=self.rank,
-            lora_alpha=self.alpha,
-            target_modules="all-linear",
-            exclude_modules=[key for key, module in self.model.named_modules() if id(module) in heads],
-            fan_in_fan_out=conv,
+            r=self.rank, lora_alpha=self.alpha, target_modules=self._targets, fan_in_fan_out=conv
         )
 
     def _lora_weights(self) -> dict[str, nn.Parameter]:
         return {key: weight for key, weight in self.model.named_parameters() if ".lora_" in key}
+
+
+EXPERTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+"""Last names that peft takes for expert weights, where a model has those."""
+
+
+def _called_layers(model: PreTrainedModel) -> list[str]:
+    """Names of the linear layers, but the heads, that compute by being called; adapters need that.
+
+    Where the model holds no data (the memory estimate), of all. Of a mixture of experts, without dense layers
+    that peft would confuse with the experts.
+    """
+    heads = {id(model.get_output_embeddings()), id(getattr(model, "score", None))}
+    mixture = any("experts" in key and weight.ndim == 3 for key, weight in model.named_parameters())
+    layers = {
+        key: layer
+        for key, layer in model.named_modules()
+        if (isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D")
+        and id(layer) not in heads
+        and not (mixture and key.endswith(EXPERTS))
+    }
+    if model.device.type == "meta":
+        return list(layers)
+    called: set[str] = set()
+
+    def note(key: str, out: Any) -> None:
+        if isinstance(out, Tensor):  # a router may be called a linear layer, and return more
+            called.add(key)
+
+    hooks = [
+        layer.register_forward_hook(lambda layer, x, out, key=key: note(key, out))
+        for key, layer in layers.items()
+    ]
+    with torch.no_grad():
+        model.base_model(input_ids=probe_ids(model), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return [key for key in layers if key in called]
 
 
 class AdaptedModel(nn.Module):

@@ -204,5 +204,6 @@ def disable_dropout(model: nn.Module) -> None:
         if "Dropout" in type(holder).__name__ and hasattr(holder, "p"):
             holder.p = 0.0
         for name, value in list(vars(holder).items()):
-            if re.search("drop|jitter", name) and isinstance(value, float):
+            # Not router_jitter_noise: PhiMoE routes by it in evaluation as well.
+            if re.search(r"drop|^(input_)?jitter_noise$", name) and isinstance(value, float):
                 setattr(holder, name, 0.0)
