@@ -12,7 +12,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ppo_kit.functional.checks import check_dims, check_floats, check_ids, check_mask, in_range
+from ppo_kit.functional.checks import (
+    check_dims,
+    check_floats,
+    check_ids,
+    check_mask,
+    check_tensor,
+    in_range,
+)
 from ppo_kit.functional.masked import at_least_float32, zero_masked
 
 
@@ -95,9 +102,10 @@ def optimal_baseline(
     tensor([-2.,  1.])
     """
     same, difference = _group_differences(score, group_id, mask)
+    check_tensor("lengths", lengths)
     if lengths.shape != score.shape:
         raise ValueError(f"lengths: got shape {list(lengths.shape)}, needs {list(score.shape)} as in score")
-    weights = zero_masked(lengths.double().expand_as(same), same)
+    weights = zero_masked(lengths.double().clamp(min=0).expand_as(same), same)
     weighted, total = weights * zero_masked(difference, weights > 0), weights.sum(1)
     return (weighted.sum(1) / torch.where(total > 0, total, 1.0)).to(at_least_float32(score).dtype)
 

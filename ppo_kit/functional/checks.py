@@ -17,6 +17,7 @@ def check_floats(**tensors: Tensor) -> None:
     """Raise unless all are floating point and of one shape, that of the first."""
     first, shape = "", torch.Size()
     for name, tensor in tensors.items():
+        check_tensor(name, tensor, "a floating-point tensor")
         if not tensor.is_floating_point():
             raise ValueError(f"{name}: got {tensor.dtype}, needs a floating-point tensor")
         if not first:
@@ -27,12 +28,15 @@ def check_floats(**tensors: Tensor) -> None:
 
 def check_dims(name: str, tensor: Tensor, dims: str) -> None:
     """Raise unless ``tensor`` has one dimension for each letter of ``dims``."""
+    check_tensor(name, tensor, f"a tensor [{','.join(dims)}]")
     if tensor.ndim != len(dims):
         raise ValueError(f"{name}: got shape {list(tensor.shape)}, needs [{','.join(dims)}]")
 
 
 def check_mask(mask: Tensor, like: Tensor, name: str) -> None:
     """Raise unless ``mask`` is boolean and has the shape of ``like``, the argument called ``name``."""
+    check_tensor("mask", mask, "a tensor of torch.bool (True = valid)")
+    check_tensor(name, like)
     if mask.dtype != torch.bool:
         raise ValueError(f"mask: got {mask.dtype}, needs torch.bool (True = valid)")
     if mask.shape != like.shape:
@@ -41,10 +45,17 @@ def check_mask(mask: Tensor, like: Tensor, name: str) -> None:
 
 def check_ids(name: str, ids: Tensor, shape: torch.Size) -> None:
     """Raise unless ``ids`` is int64 and has ``shape``."""
+    check_tensor(name, ids, "a tensor of torch.int64")
     if ids.dtype != torch.int64:
         raise ValueError(f"{name}: got {ids.dtype}, needs torch.int64")
     if ids.shape != shape:
         raise ValueError(f"{name}: got shape {list(ids.shape)}, needs {list(shape)}")
+
+
+def check_tensor(name: str, value: object, needs: str = "a tensor") -> None:
+    """Raise unless ``value`` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name}: got {type(value).__name__}, needs {needs}")
 
 
 def in_range(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ppo_kit.functional.checks import check_tensor
 from ppo_kit.functional.masked import zero_masked
 
 
@@ -43,6 +44,7 @@ def moments_of(x: Tensor, mask: Tensor | None = None) -> Moments:
     >>> moments_of(torch.tensor([1.0, 3.0, float("nan")]), torch.tensor([True, True, False])).mean
     tensor(2., dtype=torch.float64)
     """
+    check_tensor("x", x)
     if mask is None:
         mask = torch.ones_like(x, dtype=torch.bool)
     values = zero_masked(x.detach().double(), mask)

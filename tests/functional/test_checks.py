@@ -66,6 +66,23 @@ def test_what_is_no_number_in_its_range_is_refused_by_name(fn: Callable, name: s
         call(fn, **{name: math.inf})
 
 
+TENSORS = [
+    (fn, p.name, str(p.annotation))
+    for fn in FUNCTIONS
+    for p in inspect.signature(fn).parameters.values()
+    if "Tensor" in str(p.annotation) and "float" not in str(p.annotation)
+]
+
+
+@pytest.mark.parametrize(
+    ("fn", "name", "annotation"), TENSORS, ids=[f"{f.__name__} {n}" for f, n, _ in TENSORS]
+)
+def test_what_is_no_tensor_is_refused_by_name(fn: Callable, name: str, annotation: str) -> None:
+    for value in (0.5, [[0.5]], "mask", numpy.zeros((2, 3)), *(() if "None" in annotation else (None,))):
+        with pytest.raises(ValueError, match=rf"^{name}: got "):
+            call(fn, **{name: value})
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

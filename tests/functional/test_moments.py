@@ -51,6 +51,21 @@ def test_std_scales_nothing_before_two_samples_and_is_zero_for_a_constant() -> N
     assert moments_of(torch.tensor([5.0, 7.0])).std.item() == pytest.approx(math.sqrt(2))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_constant_stream_has_no_spread_whatever_it_is(dtype: torch.dtype) -> None:
+    batch = moments_of(torch.full((30,), 1000.1, dtype=dtype))
+    total = moments_of(torch.tensor([]))
+    for _ in range(7):
+        total = merge_moments(total, batch)
+        assert total.std.item() == 0
+        assert total.mean.item() == torch.tensor(1000.1, dtype=dtype).item()
+
+
+def test_a_stream_of_any_size_is_held_in_float64() -> None:
+    big = moments_of(torch.tensor([-1e25, 0.0, 1e25]))
+    assert merge_moments(big, big).std.item() == pytest.approx(1e25 * math.sqrt(4 / 5))
+
+
 def test_an_empty_stream_is_neutral() -> None:
     empty, some = moments_of(torch.tensor([])), moments_of(torch.tensor([3.0, 4.0]))
     for merged in (merge_moments(empty, some), merge_moments(some, empty)):
