@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ppo_kit.functional.aggregate import constant_mean, sequence_mean, token_mean
 from ppo_kit.functional.checks import in_range
-from ppo_kit.functional.masked import zero_masked
+from ppo_kit.functional.masked import at_least_float32, zero_masked
 from ppo_kit.modules.base import BatchModule, Keys
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class BatchLoss(BatchModule):
 
     A subclass implements ``compute(*inputs)``, which returns one [B,T] tensor for each of ``OUT``: first the
     loss per token, then diagnostics per token. ``IN`` has to name ``loss_mask``. Floating [B,T] inputs come
-    with 0 in their masked slots, so that NaN there reaches no value and no gradient.
+    in float32 at least, with 0 in their masked slots, so that NaN there reaches no value and no gradient.
 
     ``forward`` does not write to the batch: it returns a fresh TensorDict with ``batch_size=[]`` that holds
     the scalar ``loss_*`` and the detached diagnostics, as TorchRL's losses do. Each is this batch's share of
@@ -220,7 +220,8 @@ def _aggregate(owner: object, aggregate: str | Aggregate) -> Aggregate:
 
 
 def _select(x: Tensor, mask: Tensor) -> Tensor:
-    return zero_masked(x, mask) if x.is_floating_point() and x.shape == mask.shape else x
+    is_per_token = x.is_floating_point() and x.shape == mask.shape
+    return zero_masked(at_least_float32(x), mask) if is_per_token else x
 
 
 def count_of(batch: TensorDictBase, key: str) -> Tensor | None:

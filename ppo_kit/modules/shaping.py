@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from tensordict import TensorDictBase
@@ -23,7 +23,9 @@ class Shaping(TensorDictSequential):
     with what its KL makes of it). This holds for modules of your own too. No gradient flows.
 
     ``shape(batch)`` is the hand-written order ``normalize.update(batch)``, the chain, ``penalty.update``.
-    Where a batch is only to be looked at, call ``shape(batch, learn=False)``: no state changes.
+    Where a batch is only to be looked at, call ``shape(batch, learn=False)``: no state changes. While the
+    critic is pre-trained and the policy stands still, ``learn="before_forward"`` keeps KL controllers from
+    answering to a KL that they cannot change.
 
     Args:
         modules: TensorDict modules in order; a ``TensorDictSequential`` among them is replaced by its parts.
@@ -51,16 +53,23 @@ class Shaping(TensorDictSequential):
         self._metrics: dict[str, float] = {}
 
     @torch.no_grad()
-    def forward(self, batch: TensorDictBase, *, learn: bool = True) -> TensorDictBase:  # type: ignore[override]
-        """Shape ``batch`` [B] in place and return it; with ``learn`` the parts' state follows it."""
+    def forward(  # type: ignore[override]
+        self, batch: TensorDictBase, *, learn: bool | Moment = True
+    ) -> TensorDictBase:
+        """Shape ``batch`` [B] in place and return it; the parts of the moment ``learn`` learn from it.
+
+        True: the parts of both moments. False: none.
+        """
+        if not isinstance(learn, bool) and learn not in get_args(Moment):
+            raise ValueError(f"Shaping: learn got {learn!r}, needs True, False or one of {get_args(Moment)}")
         parts: list[Any] = list(self.module)
         for part in parts:
-            if learn and getattr(part, "UPDATE", None) == "before_forward":
+            if learn in (True, "before_forward") and getattr(part, "UPDATE", None) == "before_forward":
                 part.update(batch)
             batch = part(batch)
         self._metrics = _reported(parts)
         for part in parts:
-            if learn and getattr(part, "UPDATE", None) == "after_chain":
+            if learn in (True, "after_chain") and getattr(part, "UPDATE", None) == "after_chain":
                 part.update(batch)
         return batch
 
@@ -78,7 +87,7 @@ def _parts(modules: Any) -> Iterator[TensorDictModuleBase]:
 
 
 def _check_moment(part: nn.Module) -> None:
-    moments = Moment.__args__  # type: ignore[attr-defined]
+    moments = get_args(Moment)
     if callable(getattr(part, "update", None)) and getattr(part, "UPDATE", None) not in moments:
         raise ValueError(
             f"Shaping: {type(part).__name__} has an update(); its class attribute UPDATE is "

@@ -203,6 +203,22 @@ def _one() -> TensorDict:
     return _found().clone()
 
 
+@every([*SHAPING, *LOSSES, part(KLCov, fraction=0.5)])
+def test_half_precision_inputs_are_computed_in_float32(make):
+    """Values whose squares and sums no float16 holds give what the same numbers give in float32."""
+    batch = _one()
+    for key in ("rewards", "values", "old_values", "returns", "advantages", "score", "shaped_score"):
+        batch[key] = 250.0 + 100 * batch[key]
+    half = batch.apply(lambda x: x.half() if x.is_floating_point() else x)
+    full = half.apply(lambda x: x.float() if x.is_floating_point() else x)
+    module = make()
+    got, expected = module(half), module(full)
+    for key in module.out_keys:
+        assert got[key].dtype in (expected[key].dtype, torch.float16)
+        rounding = torch.finfo(torch.float16).eps if got[key].dtype == torch.float16 else 1e-6
+        torch.testing.assert_close(got[key].float(), expected[key].float(), rtol=2 * rounding, atol=rounding)
+
+
 @every([*SHAPING, *LOSSES, part(KLCov)])
 def test_renamed_and_nested_keys(make):
     module = make()

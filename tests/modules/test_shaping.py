@@ -76,6 +76,18 @@ def test_looking_changes_no_state():
     assert all(torch.equal(before[key], value) for key, value in shape.state_dict().items())
 
 
+def test_while_the_policy_stands_still_only_the_scores_are_learned_from():
+    shape, plain = Shaping(*parts()), Shaping(*parts())
+    for batch in rollouts(2):
+        shape(batch.clone(), learn="before_forward")
+        plain(batch)
+    state, other = shape.state_dict(), plain.state_dict()
+    assert float(state.pop("module.3.controller.coef")) == 0.1 != float(other.pop("module.3.controller.coef"))
+    assert all(torch.equal(state[key], other[key]) for key in state)
+    with pytest.raises(ValueError, match="Shaping: learn got 'never', needs True, False"):
+        shape(next(rollouts(1)), learn="never")
+
+
 def test_state_continues_after_a_reload():
     shape, other = Shaping(*parts()), Shaping(*parts())
     first, second = rollouts(2)
