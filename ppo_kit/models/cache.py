@@ -28,12 +28,23 @@ def settings_key(settings: dict[str, Any]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
+_LONGEST = 200  # of the usual 255 bytes: the folder that is being built has a longer name
+
+
 def cached(name: str, build: Callable[[Path], None], *, fresh: bool = False) -> Path:
     """The folder ``name`` of the cache; ``build(folder)`` fills it when it is missing or ``fresh``.
 
     It is built beside its place and renamed when complete, so a build that was interrupted leaves nothing
     that a later run would take for whole. Of several processes one builds, and the others wait for it.
+
+    Raises:
+        ValueError: a name that leads out of the cache, or is too long for a file system.
     """
+    parts = name.split("/")
+    if any(part in ("", ".", "..") or "\\" in part or not part.isprintable() for part in parts):
+        raise ValueError(f"cache: got the name {name!r}, needs names of folders with '/' between them")
+    if max(len(os.fsencode(part)) for part in parts) > _LONGEST:
+        raise ValueError(f"cache: got the name {name[:40]!r}…, needs at most {_LONGEST} bytes a part")
     folder = cache_folder() / name
     if folder.exists() and not fresh:
         return folder

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from tensordict import TensorDictBase
 
 from ppo_kit.batch import present_key
@@ -24,32 +26,51 @@ def replay(file: Path, console: Console) -> None:
         ValueError, OSError: as ``read_fault``.
     """
     batch, about = read_fault(file)
-    console.print(f"step {about['step']}: {about['error']}", markup=False)
-    console.print(f"{len(batch)} responses, {int(batch['response_mask'].sum())} tokens")
+    _say(console, f"step {about['step']}: {about['error']}")
+    _say(console, f"{len(batch)} responses, {int(batch['response_mask'].sum())} tokens")
     table = Table("key", "not finite", "holds", box=None, padding=(0, 2, 0, 0))
     for key, count, holds in survey(batch):
-        table.add_row(key, str(count), holds)
+        table.add_row(Text(_one_line(key)), str(count), Text(_one_line(holds)))
     console.print(table)
-    for loss in _losses(about["settings"]):
-        lacking = [str(key) for key in loss.in_keys if present_key(batch, key) not in batch]
-        name = str(loss.out_keys[0])
-        if lacking:
-            console.print(f"{name}: the batch lacks {', '.join(lacking)}")
-        else:
-            console.print(f"{name}: {_value(loss, batch)}")
+    for name, make in _LOSSES.items():
+        try:
+            _say(console, f"{name}: {_value(make(about['settings']), batch)}")
+        except Exception as error:  # settings and tensors of the file may be anything
+            _say(console, f"{name}: cannot be computed from this file ({type(error).__name__}: {error})")
 
 
-def _losses(settings: dict[str, Any]) -> list[BatchLoss]:
-    """The run's, from its settings; a setting it did not have means the default or the unclipped loss."""
-    policy = ClippedSurrogate(clip=settings["clip"]) if "clip" in settings else ClippedSurrogate()
+def _policy_loss(settings: dict[str, Any]) -> BatchLoss:
+    return ClippedSurrogate(clip=settings["clip"]) if "clip" in settings else ClippedSurrogate()
+
+
+def _value_loss(settings: dict[str, Any]) -> BatchLoss:
     clip = settings.get("value_clip")
-    return [policy, SquaredValueLoss() if clip is None else ClippedValueLoss(clip=clip)]
+    return SquaredValueLoss() if clip is None else ClippedValueLoss(clip=clip)
+
+
+_LOSSES: dict[str, Callable[[dict[str, Any]], BatchLoss]] = {
+    "loss_policy": _policy_loss,
+    "loss_value": _value_loss,
+}
+"""The run's, from its settings; a setting it did not have means the default or the unclipped loss."""
 
 
 def _value(loss: BatchLoss, batch: TensorDictBase) -> str:
+    lacking = [str(key) for key in loss.in_keys if present_key(batch, key) not in batch]
+    if lacking:
+        return f"the batch lacks {', '.join(lacking)}"
     out = loss(batch)
     return ", ".join(f"{key} {float(value):.6g}" if i else f"{float(value):.6g}" for i, (key, value)
                      in enumerate(out.items()))  # fmt: skip
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(_one_line(text), markup=False)
+
+
+def _one_line(text: str) -> str:
+    """``text`` with what would break the line or steer the terminal written as an escape."""
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
 
 
 def main(arguments: list[str] | None = None) -> int:

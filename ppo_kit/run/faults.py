@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from ppo_kit.batch import SCHEMA
+from ppo_kit.batch import SCHEMA, present_key
 from ppo_kit.engine import ranks
 from ppo_kit.engine.optimizer import NotFinite
 from ppo_kit.run.records import plain
@@ -28,7 +28,9 @@ class Clearable(Protocol):
 
 
 def check_finite(batch: TensorDictBase, *, of: TensorDictBase | None = None) -> TensorDictBase:
-    """Return ``batch`` unchanged; looked at are its schema keys, where ``response_mask`` is True, and losses.
+    """Return ``batch`` unchanged; looked at are its schema keys, where ``action_mask`` is True, and losses.
+
+    Where the batch lacks ``action_mask``, ``response_mask`` says what counts.
 
     Args:
         batch: a batch, or what a loss returned.
@@ -95,9 +97,12 @@ class Faults:
             writer = ranks.first_of(ranks.rank() if error.batch is not None else None)
             if writer is not None:
                 file = self.folder / f"step-{step:06d}.safetensors"
-                if writer == ranks.rank():
-                    write_fault(file, step, error, self.settings)
                 place = f"look at the batch with: python -m ppo_kit.run replay {file}"
+                if writer == ranks.rank():
+                    try:
+                        write_fault(file, step, error, self.settings)
+                    except Exception as problem:  # a full disk must not hide what was not finite
+                        place = f"the batch was not written to {file}: {type(problem).__name__}: {problem}"
             if self.count > self.allowed:
                 raise NotFinite(
                     f"step {step}: {error}. Stopped before it touched a weight; {place}. "
@@ -137,9 +142,14 @@ def read_fault(file: Path) -> tuple[TensorDict, dict[str, Any]]:
         settings = json.loads(found["settings"])
         step = int(found["step"])
         error = found["error"]
-        batch = TensorDict(tensors, [tensors["response_mask"].shape[0]])
-    except (SafetensorError, KeyError, ValueError, IndexError, RuntimeError) as problem:
-        raise ValueError(f"{file}: not a batch that a run wrote ({problem})") from None
+        mask = tensors["response_mask"]
+        if not isinstance(settings, dict) or mask.dtype != torch.bool or mask.ndim != 2:
+            kinds = f"settings are a {type(settings).__name__}, response_mask is {mask.dtype} {[*mask.shape]}"
+            raise ValueError(kinds)
+        batch = TensorDict(tensors, [mask.shape[0]])
+    except Exception as problem:  # there is no end to what a damaged file makes a parser raise
+        what = f"{type(problem).__name__}: {problem}".split("\n")[0]
+        raise ValueError(f"{file}: not a batch that a run wrote ({what[:200]})") from None
     return batch, {"step": step, "error": error, "settings": settings}
 
 
@@ -147,20 +157,22 @@ def survey(batch: TensorDictBase) -> Iterator[tuple[str, int, str]]:
     """(key, values that are not finite, what it holds) of each floating key that ``check_finite`` watches."""
     for key, bad, valid in _watched(batch):
         count = int(bad.sum())
-        good = batch[key][valid & ~bad]
+        good = batch[key][valid & ~bad].double()  # no minimum of float8
         span = f"{float(good.min()):.4g} to {float(good.max()):.4g}" if good.numel() else "nothing finite"
         yield key, count, _describe(key, batch[key], bad, valid) if count else span
 
 
 def _watched(batch: TensorDictBase) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(key, which values are bad, which are valid)."""
-    mask = batch.get("response_mask", None)
+    mask = batch.get(present_key(batch, "action_mask"), None)
     for key, value in batch.items():
         name = str(key)
         if (name in SCHEMA or name.startswith("loss_")) and value.is_floating_point():
             masked = mask is not None and value.shape == mask.shape
             valid = mask if masked else torch.ones_like(value, dtype=torch.bool)
-            yield name, ~value.detach().isfinite() & valid, valid
+            seen = value.detach()
+            seen = seen.float() if seen.itemsize == 1 else seen  # float8 has no isfinite
+            yield name, ~seen.isfinite() & valid, valid
 
 
 def _describe(key: str, value: Tensor, bad: Tensor, valid: Tensor) -> str:

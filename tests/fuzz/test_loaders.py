@@ -5,7 +5,9 @@ PPO_KIT_FUZZ=5000 pytest -s tests/fuzz      # so many inputs a test; prints how 
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import io
 import json
 import os
 import tempfile
@@ -16,12 +18,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from tensordict import TensorDict
 
 from ppo_kit.data import OnBadRow, check_file, load_dialogues, load_pairs, load_prompts
 from ppo_kit.engine.optimizer import NotFinite
+from ppo_kit.run.__main__ import main as replay
 from ppo_kit.run.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from ppo_kit.run.faults import read_fault, survey, write_fault
 from ppo_kit.sandbox import sandbox_tokenizer
@@ -201,10 +205,12 @@ def test_checkpoints_of_any_bytes(saved, data):
 def test_latest_of_any_text(saved, name):
     try:
         (saved / "latest").write_bytes(name.encode("utf-8", "surrogatepass"))
-        loaded = attempt("latest", lambda: load_checkpoint(saved), CheckpointError)
+        said: list[str] = []
+        loaded = attempt("latest", lambda: load_checkpoint(saved, note=said.append), CheckpointError)
     finally:
         (saved / "latest").write_text("step-000001\n")
-    assert str(saved) in loaded if isinstance(loaded, Refusal) else loaded[0] == 1
+    assert loaded[0] == 1
+    assert name.strip() == "step-000001" or str(saved) in said[0]
 
 
 @fuzz
@@ -220,3 +226,65 @@ def test_fault_files_of_any_bytes(folder, data):
         assert "not a batch that a run wrote" in found
     else:
         list(survey(found[0]))
+    assert replay_lines(file)
+
+
+def replay_lines(file: Path) -> list[str]:
+    """What ``replay`` says of ``file``: it ends with 0 or 2, and with text of one line each."""
+    printed, refused = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(refused):
+        status = replay(["replay", str(file)])
+    assert status == (2 if refused.getvalue() else 0)
+    lines = (printed.getvalue() or refused.getvalue()).splitlines()
+    # Without a line more than it writes, and nothing that steers a terminal.
+    assert all(each.isprintable() for each in lines)
+    assert len(lines) == 1 if refused.getvalue() else len(lines) >= 4
+    return lines
+
+
+DTYPES = [torch.float64, torch.bfloat16, torch.float8_e5m2, torch.bool, torch.int64, torch.complex64]
+KEYS = ["action_mask", "loss_mask", "rewards", "log_probs", "old_log_probs", "advantages", "values",
+        "returns", "old_values", "score", "mine", "loss_[/red]", "loss_[link=x]\x1b[2J\n"]  # fmt: skip
+SHAPES = [(2,), (2, 4), (2, 3, 1), (2, 0), (3, 2), ()]
+
+
+@st.composite
+def odd_batches(draw: st.DrawFn) -> dict[str, torch.Tensor]:
+    """Tensors of any key and number, a few of them of a wrong shape or dtype."""
+    odd_keys = draw(st.lists(st.sampled_from(["response_mask", *KEYS]), max_size=2))
+    batch = {}
+    for key in ["response_mask", *draw(st.lists(st.sampled_from(KEYS), max_size=9, unique=True))]:
+        shape, dtype = (2, 3), torch.bool if key.endswith("_mask") else torch.float32
+        if key in odd_keys:
+            shape, dtype = draw(st.sampled_from([shape, *SHAPES])), draw(st.sampled_from([dtype, *DTYPES]))
+        number = draw(st.sampled_from([0.0, 1.0, float("nan"), float("inf"), 1e30]))
+        batch[key] = torch.full(shape, number if dtype.is_floating_point else 1.0).to(dtype)
+    if draw(st.integers(0, 9)) == 0:
+        del batch["response_mask"]
+    return batch
+
+
+METADATA = {
+    "step": st.one_of(st.just("1"), st.just("1"), TEXT),
+    "error": st.sampled_from(["score is nan", "[/b] is nan", "[red]\n\n\x1b]0;x\x07", "a" * 9999]),
+    "settings": st.one_of(
+        st.sampled_from(['{"clip": 0.2}', '{"clip": "[/b]"}', '{"value_clip": []}', "[1]", "3", "{", "{}"]),
+        JSON.map(lambda value: json.dumps({"clip": value, "value_clip": value}, default=str)),
+    ),
+}
+
+
+@fuzz
+@given(
+    tensors=odd_batches(),
+    metadata=st.one_of(
+        st.fixed_dictionaries(METADATA), st.fixed_dictionaries({}, optional=METADATA), st.none()
+    ),
+)
+def test_replay_of_any_tensors_and_metadata(folder, tensors, metadata):
+    file = folder / "odd.safetensors"
+    if metadata is not None:
+        metadata = {key: value.encode("utf-8", "replace").decode() for key, value in metadata.items()}
+    save_file(tensors, file, metadata=metadata)
+    TRIED["replay"] += 1
+    event("read" if len(replay_lines(file)) > 1 else "refused")

@@ -48,8 +48,33 @@ def test_of_several_processes_one_builds(tmp_path):
     started = [
         subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=environment) for _ in range(3)
     ]
-    assert [process.wait(60) for process in started] == [0, 0, 0]
+    assert [process.wait(300) for process in started] == [0, 0, 0]
     assert (tmp_path / "built").read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../out",
+        "a/../../out",
+        "/abs",
+        "",
+        ".",
+        "..",
+        "a//b",
+        "a/",
+        "a\\..\\b",
+        "a\0",
+        "a\nb",
+        "x" * 201,
+        "é" * 101,
+    ],
+)
+def test_names_cannot_leave_the_cache(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("PPO_KIT_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match="cache: got the name"):
+        cached(name, lambda folder: pytest.fail("built"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_any_setting_and_the_version_change_the_key(monkeypatch):
