@@ -142,11 +142,11 @@ def discounted_returns(rewards: Tensor, mask: Tensor, *, gamma: float = 1.0) -> 
 def _checked_lambda(lam: Tensor, mask: Tensor) -> Tensor:
     """[B,T] float64, 0 where masked."""
     lam = zero_masked(lam.double(), mask)
-    outside = ~((lam >= 0) & (lam <= 1))
     if torch.compiler.is_compiling():
-        return torch.where(outside, torch.nan, lam)
-    if bool(outside.any()):
-        row, slot = outside.nonzero()[0].tolist()
+        return torch.where((lam >= 0) & (lam <= 1), lam, torch.nan)
+    low, high = torch.aminmax(lam) if lam.numel() else (0.0, 0.0)
+    if not (low >= 0 and high <= 1):
+        row, slot = (~((lam >= 0) & (lam <= 1))).nonzero()[0].tolist()
         raise ValueError(f"lam: got {lam[row, slot].item()} at [{row},{slot}], needs numbers in [0, 1]")
     return lam
 
