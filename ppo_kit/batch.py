@@ -8,10 +8,11 @@ position P-1+t of the concatenated sequence; ``docs/batch.md`` draws it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import NestedKey, NonTensorStack, TensorDict, TensorDictBase
 from torch import Tensor
 
 SCHEMA: dict[str, tuple[str, torch.dtype]] = {
@@ -141,3 +142,41 @@ def _check_subsets(batch: TensorDictBase) -> None:
         if bool(outside.any()):
             row, slot = outside.nonzero()[0].tolist()
             raise ValueError(f"{narrow}: row {row}, slot {slot} is True and False in {wide}; needs a subset")
+
+
+def concatenate(parts: Sequence[TensorDictBase]) -> TensorDict:
+    """The rows of several batches as one batch, padded to the widest: prompts on the left, responses on the
+    right. Every part needs the same keys.
+
+    Raises:
+        ValueError: there is no part, or the parts hold different keys.
+
+    >>> from tensordict import TensorDict
+    >>> one, two = (torch.ones(1, width, dtype=torch.bool) for width in (1, 2))
+    >>> both = concatenate([TensorDict({"response_mask": mask}, [1]) for mask in (one, two)])
+    >>> both["response_mask"].tolist()
+    [[True, False], [True, True]]
+    """
+    if not parts:
+        raise ValueError("concatenate: got no batch, needs at least one")
+    keys = set(parts[0].keys())
+    for part in parts:
+        if set(part.keys()) != keys:
+            raise ValueError(f"concatenate: got batches of different keys, {sorted(keys ^ set(part.keys()))}")
+    whole = TensorDict(batch_size=[sum(len(part) for part in parts)], device=parts[0].device)
+    for key in sorted(map(str, keys)):
+        values = [part.get(key) for part in parts]
+        if not isinstance(values[0], Tensor):
+            whole.set(key, NonTensorStack(*[item for value in values for item in value.tolist()]))
+            continue
+        if values[0].ndim > 1:
+            width = max(value.shape[1] for value in values)
+            left = key.startswith("prompt_")
+            values = [_widened(value, width - value.shape[1], left=left) for value in values]
+        whole.set(key, torch.cat(values))
+    return whole
+
+
+def _widened(value: Tensor, slots: int, *, left: bool) -> Tensor:
+    padding = value.new_zeros(value.shape[0], slots, *value.shape[2:])
+    return torch.cat([padding, value] if left else [value, padding], 1)

@@ -2,24 +2,17 @@
 
     python recipes/vanilla_ppo.py
 
-The same loop as ppo_max.py without its tricks: no normalization or clipping of the score, no KL penalty, no
-critic pre-training, no value or gradient clipping, no PTX. Its sandbox run shows the pattern collapse of the
+The teaching file: its update is spelled out, minibatch by minibatch, where the other recipes call
+``run.update``. It has none of the tricks of ppo_max.py. Its sandbox run shows the pattern collapse of the
 report's Figure 4: the reward model's score rises while the gold reward falls and KL grows.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-import tyro
-from reward_model import sandbox_models
-from tensordict import TensorDictBase
-from tensordict.nn import TensorDictSequential
-
-from ppo_kit.engine import Stateful, start_engine
+from ppo_kit.cli import run_recipe
 from ppo_kit.modules import (
     GAE,
     ClippedSurrogate,
@@ -29,74 +22,47 @@ from ppo_kit.modules import (
     minibatches,
     total_loss,
 )
-from ppo_kit.monitor import Averages, Stopwatch, check_first_ratio, rollout_metrics
-from ppo_kit.run import Run, check_finite
-from ppo_kit.task import load_task
-from ppo_kit.training import PPOSettings
+from ppo_kit.monitor import Averages, check_first_ratio
+from ppo_kit.run import check_finite
+from ppo_kit.training import PPOSettings, Session
 
 
 @dataclass(frozen=True)
 class VanillaPPO(PPOSettings):
-    pass
+    """vanilla PPO"""
 
 
 def main(cfg: VanillaPPO) -> int:
-    engine = start_engine(cfg)
-    run = Run(cfg, "vanilla_ppo", engine)
-    task = load_task(cfg, engine, **sandbox_models(cfg))
-    policy, critic = task.policy, task.critic
-
-    shape = TensorDictSequential(PlaceScore(), GAE(cfg.gamma, cfg.lam))
+    run = Session(cfg, "vanilla_ppo")
+    policy, critic, engine = run.policy, run.critic, run.engine
+    shape = run.shaping(PlaceScore(), GAE(cfg.gamma, cfg.lam))
     losses = Objective(ClippedSurrogate(clip=cfg.clip), SquaredValueLoss())
-    policy_opt = cfg.optimizer(engine, policy, cfg.lr)
-    critic_opt = cfg.optimizer(engine, critic, cfg.critic_lr)
-    state: dict[str, Stateful] = {
-        "policy": policy,
-        "critic": critic,
-        "policy_opt": policy_opt,
-        "critic_opt": critic_opt,
-    }
+    policy_opt = run.optimizer("policy", policy, cfg.lr, steps=run.optimizer_steps(cfg.steps))
+    critic_opt = run.optimizer("critic", critic, cfg.critic_lr, steps=run.optimizer_steps(cfg.steps))
+    order = run.generator("minibatches")
 
-    @torch.no_grad()
-    def experience(batch: TensorDictBase) -> TensorDictBase:
-        return shape(check_finite(task.score(batch)))
-
-    def cut(batch: TensorDictBase) -> Iterator[TensorDictBase]:
-        order = run.generator("minibatches")
-        return minibatches(batch, cfg.minibatch_size, epochs=cfg.epochs, generator=order)
-
-    with run:
-        before = task.evaluate()
-        run.restore(state)
-        for step in run.steps():
-            with run.skipping_faults(step, policy_opt, critic_opt):
-                watch, averages = Stopwatch(), Averages()
-                with watch("rollout"):
-                    batch = task.rollout(step)
-                with watch("score"):
-                    batch = experience(batch)
-                with watch("train"):
-                    for index, minibatch in enumerate(cut(batch)):
-                        for piece in engine.micro_batches(minibatch, cfg.micro_batch_size):
-                            check_finite(critic(policy(piece)))
-                            if index == 0:
-                                check_first_ratio(piece, tolerance=cfg.ratio_tolerance)
-                            out = check_finite(losses(piece), of=piece)
-                            engine.backward(total_loss(out))
-                            averages.add_shares(out, piece)
-                        grad_norm, _ = engine.step(minibatch, policy_opt, critic_opt)
-                        averages.add({"grad_norm": grad_norm}, weight=1)
-                run.log(step, {
-                    **rollout_metrics(batch), **averages.means(reduce=engine.reduce), **watch.lap(batch),
-                    "lr": policy_opt.lr, "critic_lr": critic_opt.lr, "kl_coef": 0.0,
-                })  # fmt: skip
-                run.sample(step, task.samples(batch), scores=batch["score"].tolist())
-            if run.checkpoint_due(step):
-                run.save(step, state)
-        task.save_policy(run.folder / "policy")
-        run.finish(before, task.evaluate())
+    for step in run.steps():
+        with run.skipping_faults(step):
+            batch = run.rollout(step)  # response_ids, response_mask, old_log_probs
+            batch = run.score(batch)  # ref_log_probs, old_values, score
+            batch = shape(batch)  # rewards, advantages, returns
+            averages = Averages()
+            with run.watch("train"):
+                cut = minibatches(batch, cfg.minibatch_size, epochs=cfg.epochs, generator=order)
+                for index, minibatch in enumerate(cut):
+                    for piece in engine.micro_batches(minibatch, cfg.micro_batch_size):
+                        piece = check_finite(critic(policy(piece)))  # log_probs, entropy, values
+                        if index == 0:
+                            check_first_ratio(piece, tolerance=cfg.ratio_tolerance)
+                        out = check_finite(losses(piece), of=piece)  # loss_policy, loss_value, diagnostics
+                        engine.backward(total_loss(out))
+                        averages.add_shares(out, piece, of=losses)
+                    grad_norm, _ = engine.step(minibatch, policy_opt, critic_opt)
+                    averages.add({"grad_norm": grad_norm}, weight=1)
+            metrics = averages.means(reduce=engine.reduce)
+            run.log(step, batch, {**metrics, "lr": policy_opt.lr, "critic_lr": critic_opt.lr, "kl_coef": 0.0})
     return run.exit_code
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(VanillaPPO, description=__doc__)))
+    sys.exit(run_recipe(main))

@@ -1,9 +1,17 @@
-"""Tiny models of several families, and one thread: two on a busy machine are slower for these sizes."""
+"""Tiny models of several families, what a user brings to a run, and the recipes. One thread: two on a busy
+machine are slower for these sizes.
+"""
 
 from __future__ import annotations
 
+import gzip
+import importlib.util
+import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +27,7 @@ from transformers import (
 
 from ppo_kit.models import save_model
 from ppo_kit.sandbox import sandbox_config, sandbox_tokenizer
+from ppo_kit.sandbox.world import PROMPT_OF
 
 VOCABULARY = 17
 FAMILIES = {
@@ -66,6 +75,60 @@ def _save_sandbox_models(folder: Path, *, layers: int) -> tuple[PreTrainedTokeni
     config.num_labels = 1
     save_model(AutoModelForSequenceClassification.from_config(config), tokenizer, folder / "reward")
     return tokenizer, config
+
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+TIMINGS = {"tokens_per_second", "seconds_rollout", "seconds_score", "seconds_train"}
+SIZES = {"rollout_size": 8, "minibatch_size": 4, "micro_batch_size": 3, "max_new_tokens": 6, "held_out": 8}
+"""Of runs that take a second."""
+
+
+@pytest.fixture(scope="session")
+def recipe() -> Callable[[str], ModuleType]:
+    """``recipe("ppo_max")``: the recipe's file as a module."""
+    return _recipe
+
+
+def _recipe(name: str) -> ModuleType:
+    if f"recipe_{name}" not in sys.modules:
+        spec = importlib.util.spec_from_file_location(f"recipe_{name}", RECIPES / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = sys.modules[f"recipe_{name}"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return sys.modules[f"recipe_{name}"]
+
+
+@pytest.fixture(scope="session")
+def brought(save_sandbox_models: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a user brings to a run, as settings: a tiny policy, a reward model, 60 prompts with a column."""
+    folder = tmp_path_factory.mktemp("brought")
+    save_sandbox_models(folder, layers=2)
+    with gzip.open(folder / "prompts.jsonl.gz", "wt") as file:
+        for text in list(PROMPT_OF)[:60]:
+            file.write(json.dumps({"prompt": text, "answer": f"first {text.split()[-2]}"}) + "\n")
+    models = {"policy": str(folder / "policy"), "reward": (str(folder / "reward"),)}
+    return {**models, "prompts": folder / "prompts.jsonl.gz", **SIZES}
+
+
+@pytest.fixture(scope="session")
+def dialogues_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SFT text, as a user would bring it."""
+    file = tmp_path_factory.mktemp("text") / "dialogues.jsonl"
+    rows = [{"prompt": text, "chosen": "first boil the water .", "rejected": "sorry ."} for text in PROMPT_OF]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows[:40]))
+    return file
+
+
+@pytest.fixture(scope="session")
+def untimed() -> Callable[[Path], list[dict[str, Any]]]:
+    """``untimed(folder)``: the rows of a run's metrics.jsonl without what depends on the clock."""
+    return _untimed
+
+
+def _untimed(folder: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in TIMINGS} for row in rows]
 
 
 @pytest.fixture(params=FAMILIES)

@@ -8,6 +8,7 @@ from ppo_kit.functional.advantages import discounted_returns, gae, length_adapti
 from ppo_kit.functional.aggregate import constant_mean, sequence_mean, token_mean
 from ppo_kit.functional.baselines import greedy_baseline, group_normalize, leave_one_out, optimal_baseline
 from ppo_kit.functional.entropy import entropy_loss, kl_cov, token_covariance
+from ppo_kit.functional.groups import varied_groups
 from ppo_kit.functional.kl import kl_estimate, kl_exact
 from ppo_kit.functional.logprobs import (
     linear_log_probs_and_entropy,
@@ -74,6 +75,7 @@ __all__ = [
     "token_log_probs",
     "token_mean",
     "truncated_importance_weights",
+    "varied_groups",
     "whiten",
     "zero_masked",
 ]

@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -121,8 +121,13 @@ class ResponseAdvantage(BatchModule):
     [B], read where it is there): neither counts in a baseline, and both get 0. A response that
     ``DropTruncated`` takes out of the losses counts: the policy drew it and it has a score. Put the module
     where ``GAE`` would be; there is no critic. Subclasses implement ``advantage`` over [B].
+
+    Attributes:
+        MIN_GROUP: responses per prompt that the estimator needs; with fewer, every advantage would be 0, and
+            a session refuses it.
     """
 
+    MIN_GROUP: ClassVar[int] = 2
     IN, OUT, OPTIONAL = ("rewards", "group_id", "action_mask"), ("advantages",), ("abstained",)
 
     def advantage(self, score: Tensor, group_id: Tensor, mask: Tensor) -> Tensor:

@@ -34,6 +34,10 @@ class Stopwatch:
         name = f"seconds_{part}"
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
+    def restart(self) -> None:
+        """Forget what was counted, as after a step that was skipped."""
+        self._seconds = {}
+
     def lap(self, batch: TensorDictBase) -> dict[str, float]:
         seconds, self._seconds = self._seconds, {}
         return {**seconds, "tokens_per_second": int(batch["response_mask"].sum()) / sum(seconds.values())}

@@ -24,6 +24,8 @@ class Sampling:
     A response ends with the token that completes one of the texts ``stop`` in it, special tokens spelled out.
     That token belongs to the response as a whole, also where it goes on after the text, and the response is
     not ``truncated``.
+
+    ``greedy`` takes the likeliest token, the first of equals, instead of drawing one.
     """
 
     max_new_tokens: int
@@ -31,6 +33,7 @@ class Sampling:
     top_k: int = 0
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
+    greedy: bool = False
 
     def __post_init__(self) -> None:
         texts = isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop)

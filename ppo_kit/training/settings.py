@@ -1,14 +1,16 @@
-"""The settings that every PPO recipe shares; a recipe's own dataclass adds those of its algorithm."""
+"""The settings that recipes share, one class for each subject; a recipe's own dataclass adds its algorithm's.
+
+All fields are flat on the recipe's class (``cfg.lr``, ``--lr``). ``--help`` groups them by these classes.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-
-from torch import nn
+from typing import Literal
 
 from ppo_kit.data import OnBadRow
-from ppo_kit.engine import Engine, EngineSettings, Optimizer, Schedule, ranks
+from ppo_kit.engine import EngineSettings, Schedule, ranks
 from ppo_kit.engine.zero_config import zero_config
 from ppo_kit.memory import Workload
 from ppo_kit.memory.sharding import Sharding
@@ -16,7 +18,7 @@ from ppo_kit.memory.sharding import Sharding
 
 @dataclass(frozen=True)
 class RunSettings:
-    """How a run runs, and where it writes."""
+    """The run: how long, where it is written, what is kept."""
 
     steps: int = 80
     """Steps to take: of rollout and update (report: 1,000 in most figures, 10,000 in Figure 9)."""
@@ -26,38 +28,37 @@ class RunSettings:
     """Run folder; runs/<recipe>-seed<seed> if not given."""
     threads: int = 1
     """CPU threads of torch. 1 is fastest for the sandbox's models, the number of cores for real ones."""
-
-
-@dataclass(frozen=True)
-class PPOSettings(EngineSettings, RunSettings):
-    """Models, data, sampling and the parts of PPO that are in every variant.
-
-    Sizes are over all ranks, but for ``micro_batch_size``.
-    """
-
     resume: bool = False
     """Continue the run in --out (or the newest default folder) from its last checkpoint."""
     checkpoint_every: int = 0
     """Steps between checkpoints; 0 saves one at the end."""
     keep: int = 2
-    """Checkpoints kept, the newest ones."""
-    fresh: bool = False
-    """Train the sandbox's SFT policy and reward model anew, whatever the cache holds."""
+    """Checkpoints kept, the newest ones; the best one (--keep-best) is kept beside them."""
+    eval_every: int = 0
+    """Steps between evaluations on held-out data, logged as eval/…; 0 evaluates before and after alone."""
+    keep_best: str | None = None
+    """Metric of the evaluations (score, gold_score, …) whose largest value names the best checkpoint; needs
+    --eval-every."""
+    skip_faults: int = 0
+    """Steps that may be skipped because a loss, gradient, reward or log-prob was not finite; 0 stops at the
+    first."""
+    log: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Loggers to write metrics to, beside metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        if self.keep_best is not None and not self.eval_every:
+            raise ValueError(f"--keep-best {self.keep_best}: needs --eval-every N, which measures it")
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The models, and which of their weights train."""
 
     policy: str = "sandbox"
     """The SFT policy: sandbox, smollm2, a folder or a Hub id. It is the reference as well."""
-    reward: str = "sandbox"
-    """Reward model: sandbox, or the folder or Hub id of a one-label sequence classifier. The critic starts
-    from it; one with another tokenizer than the policy's reads re-encoded text, and the critic then starts
-    from the policy."""
-    prompts: Path | None = None
-    """Prompts as .jsonl[.gz], formats in docs/data.md; needed unless the policy is the sandbox's."""
-    prompt_tokens: int = 512
-    """Longest prompt [tokens]. A longer one is a bad row."""
-    on_bad_row: OnBadRow = "stop"
-    """A bad row of --prompts stops the run, naming file and line, or is skipped and counted."""
-    held_out: int = 192
-    """Responses of the evaluation before and after, on prompts that are not trained on."""
+    reward: tuple[str, ...] = ("sandbox",)
+    """Rewards, [name=]target[@weight] each: sandbox, the folder or Hub id of a one-label sequence classifier,
+    module:function or file.py:function (docs/rewards.md). The score is their weighted sum."""
     train_layers: int = -1
     """Train only the top N layers of policy and critic, and the critic's head; -1 trains all."""
     lora_rank: int = 0
@@ -65,18 +66,32 @@ class PPOSettings(EngineSettings, RunSettings):
     off."""
     merge: bool = False
     """Save the policy with its adapter merged in, instead of the adapter alone."""
-    skip_faults: int = 0
-    """Steps that may be skipped because a loss, gradient, reward or log-prob was not finite; 0 stops at the
-    first."""
+    fresh: bool = False
+    """Train the sandbox's SFT policy and reward model anew, whatever the cache holds."""
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """The prompts."""
+
+    prompts: Path | None = None
+    """Prompts as .jsonl[.gz], formats in docs/data.md; needed unless the policy is the sandbox's."""
+    prompt_tokens: int = 512
+    """Longest prompt [tokens]. A longer one is a bad row."""
+    on_bad_row: OnBadRow = "stop"
+    """A bad row of --prompts stops the run, naming file and line, or is skipped and counted."""
+    held_out: int = 192
+    """Responses of an evaluation, on prompts that are not trained on."""
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How responses are sampled."""
 
     rollout_size: int = 64
-    """Responses sampled a step (report: 128)."""
-    minibatch_size: int = 32
-    """Responses an optimizer step (report: 32)."""
-    micro_batch_size: int = 32
-    """Responses a forward pass on each rank; smaller needs less memory and changes no gradient."""
-    epochs: int = 1
-    """Passes over each rollout."""
+    """Responses sampled per step (report: 128)."""
+    samples: int = 1
+    """Responses per prompt; --rollout-size is a multiple of it."""
     max_new_tokens: int = 48
     """Longest response [tokens] (released script: 512)."""
     temperature: float = 1.0
@@ -87,21 +102,41 @@ class PPOSettings(EngineSettings, RunSettings):
     """Sample among the k likeliest tokens; 0 is off."""
     repetition_penalty: float = 1.0
     """Repetition penalty (report: 1.1). Other than 1, sampling and scoring differ and the run says so."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a response, beside the end tokens of tokenizer, template and model."""
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """The optimizer."""
 
     lr: float = 3e-4
     """Peak learning rate of the policy (report: 5e-7, for 7B parameters)."""
-    critic_lr: float = 5e-4
-    """Peak learning rate of the critic (report: 1.65e-6; released script: 1.5e-6)."""
     warmup: float = 0.1
     """Share of all optimizer steps that the learning rates rise over (report: 0.1)."""
     schedule: Schedule = "constant"
     """Learning rate after the warm-up (released script: inverse_sqrt)."""
-    gamma: float = 1.0
-    """Discount γ (report: 1)."""
-    lam: float = 0.95
-    """λ of GAE, Eq. 9 (report's figures: 0.9; released script: 0.95)."""
-    clip: float = 0.2
-    """ε of the clipped surrogate, Eq. 15 (report: 0.2)."""
+    max_grad_norm: float | None = None
+    """Global gradient norm of each model that gradients are clipped to; None leaves them (detail 12)."""
+    micro_batch_size: int = 32
+    """Rows per forward pass on each rank; smaller needs less memory and changes no gradient."""
+
+
+@dataclass(frozen=True)
+class UpdateSettings(OptimizerSettings):
+    """How a rollout is cut into optimizer steps."""
+
+    minibatch_size: int = 32
+    """Responses per optimizer step, over all ranks (report: 32)."""
+    epochs: int = 1
+    """Passes over each rollout."""
+    target_kl: float | None = None
+    """Leave out the rest of a step's minibatches once approx_kl is above 1.5 times this [nats per token]."""
+
+
+@dataclass(frozen=True)
+class RLSettings(UpdateSettings, SamplingSettings, DataSettings, ModelSettings, EngineSettings, RunSettings):
+    """What every recipe shares that samples responses and learns from their rewards."""
 
     @property
     def workload(self) -> Workload:
@@ -122,22 +157,16 @@ class PPOSettings(EngineSettings, RunSettings):
         """How far log π of the first minibatch may be from log π_old [nats]: rounding, no more."""
         return 0.1 if self.bf16 else 0.01
 
-    def optimizer(
-        self,
-        engine: Engine,
-        module: nn.Module,
-        lr: float,
-        *,
-        extra_steps: int = 0,
-        max_grad_norm: float | None = None,
-    ) -> Optimizer:
-        """AdamW with this run's warm-up and schedule; ``extra_steps`` are PPO steps before the first."""
-        per_step = self.epochs * -(-self.rollout_size // self.minibatch_size)
-        return engine.optimizer(
-            module,
-            lr=lr,
-            steps=max(1, (self.steps + extra_steps) * per_step),
-            warmup=self.warmup,
-            schedule=self.schedule,
-            max_grad_norm=max_grad_norm,
-        )
+
+@dataclass(frozen=True)
+class PPOSettings(RLSettings):
+    """PPO: the clipped surrogate, and a critic for the advantages."""
+
+    critic_lr: float = 5e-4
+    """Peak learning rate of the critic (report: 1.65e-6; released script: 1.5e-6)."""
+    gamma: float = 1.0
+    """Discount γ (report: 1)."""
+    lam: float = 0.95
+    """λ of GAE, Eq. 9 (report's figures: 0.9; released script: 0.95)."""
+    clip: float = 0.2
+    """ε of the clipped surrogate, Eq. 15 (report: 0.2)."""

@@ -23,11 +23,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 import ppo_max
 
-from ppo_kit import task as tasks
 from ppo_kit.memory import MemoryEstimate, estimate_memory
 from ppo_kit.models import save_model
 from ppo_kit.sandbox import sandbox_config, sandbox_tokenizer
 from ppo_kit.sandbox.world import PROMPT_OF
+from ppo_kit.training import Session, models
 
 
 def high_water() -> int:
@@ -37,26 +37,26 @@ def high_water() -> int:
 
 def measure(folder: Path, stage: int) -> None:
     settings = ppo_max.PPOMax(
-        policy=str(folder / "policy"), reward=str(folder / "reward"), prompts=folder / "prompts.jsonl",
+        policy=str(folder / "policy"), reward=(str(folder / "reward"),), prompts=folder / "prompts.jsonl",
         engine="deepspeed", zero_stage=stage, out=folder / f"run{stage}", steps=2, critic_pretrain_steps=0,
         rollout_size=16, minibatch_size=16, micro_batch_size=4, prompt_tokens=16, max_new_tokens=48,
         held_out=2,
     )  # fmt: skip
-    evaluate = tasks.Task.evaluate
+    evaluate = Session.evaluate
 
-    def reset_then_evaluate(task: tasks.Task) -> dict[str, float]:
+    def reset_then_evaluate(run: Session) -> dict[str, float]:
         Path("/proc/self/clear_refs").write_text("5")  # the first evaluation comes when all is placed
-        tasks.Task.evaluate = evaluate  # type: ignore[method-assign]
-        return evaluate(task)
+        Session.evaluate = evaluate  # type: ignore[method-assign]
+        return evaluate(run)
 
-    tasks.Task.evaluate = reset_then_evaluate  # type: ignore[method-assign]
+    Session.evaluate = reset_then_evaluate  # type: ignore[method-assign]
     said = []
 
     def remember(*args: Any, **kwargs: Any) -> MemoryEstimate:
         said.append(estimate_memory(*args, **kwargs))
         return said[-1]
 
-    tasks.estimate_memory = remember  # what the run itself says, before it loads anything
+    models.estimate_memory = remember  # what the run itself says, before it loads anything
     ppo_max.main(settings)
     if int(os.environ["RANK"]) == 0:
         estimated, peak = said[0].total, high_water()

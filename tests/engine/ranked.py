@@ -19,11 +19,12 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictSequential
 
-from ppo_kit import task as tasks
-from ppo_kit.engine import Engine, ranks, start_engine
+from ppo_kit.data import pad_prompts
+from ppo_kit.engine import ranks
 from ppo_kit.models import Policy, load_causal_lm
 from ppo_kit.modules import GAE, AdaptiveKL, KLPenalty, Whiten
 from ppo_kit.sampling import Sampling, rollout
+from ppo_kit.training import Session
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 import ppo_max
@@ -66,62 +67,61 @@ def statistics() -> Iterator[None]:
 def faults() -> Iterator[None]:
     """Row 3's log-probs are NaN in step 2, and their gradient in step 3: on one rank, where there are two."""
 
-    def load(*args: Any, **kwargs: Any) -> tasks.Task:
-        task = tasks.load_task(*args, **kwargs)
-        now = [0]
-        sample, score = task.rollout, task.score
+    class Spoiled(Session):
+        now = 0
 
-        def numbered(step: int) -> Any:
-            now[0] = step
-            return sample(step)
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.policy.register_forward_hook(self.spoil)
 
-        def with_rows(batch: Any) -> Any:
-            batch = score(batch)
+        def steps(self) -> Iterator[int]:
+            for step in super().steps():
+                self.now = step
+                yield step
+
+        def score(self, batch: TensorDictBase) -> TensorDictBase:
+            batch = super().score(batch)
             batch["row"] = torch.arange(len(batch))
             return batch
 
-        def spoil(module: Any, inputs: Any, batch: Any) -> Any:
-            if now[0] in (2, 3) and "row" in batch and bool((batch["row"] == 3).any()):
+        def spoil(self, module: Any, inputs: Any, batch: Any) -> Any:
+            if self.now in (2, 3) and "row" in batch and bool((batch["row"] == 3).any()):
                 at = (batch["row"] == 3)[:, None] & batch["response_mask"]
-                if now[0] == 2:
+                if self.now == 2:
                     batch["log_probs"] = torch.where(at, float("nan"), batch["log_probs"])
                 else:
                     batch["log_probs"].register_hook(lambda grad: torch.where(at, float("nan"), grad))
             return batch
 
-        task.rollout, task.score = numbered, with_rows  # type: ignore[method-assign]
-        task.policy.register_forward_hook(spoil)
-        return task
-
-    with mock.patch.object(ppo_max, "load_task", load):
+    with mock.patch.object(ppo_max, "Session", Spoiled):
         yield
 
 
 CHANGES = {"none": none, "statistics": statistics, "faults": faults}
 
 
-def started(job: dict[str, Any]) -> tuple[Engine, tasks.Task, TensorDictBase]:
-    """Engine and cast of a run, its policy ready to train, and one prompt."""
-    settings = ppo_max.PPOMax(
-        **{key: Path(value) if key in PATHS else value for key, value in job["settings"].items()}
+def started(job: dict[str, Any]) -> tuple[Session, TensorDictBase]:
+    """A session whose policy is ready to train, and one prompt."""
+    run = Session(
+        ppo_max.PPOMax(
+            **{key: Path(value) if key in PATHS else value for key, value in job["settings"].items()}
+        )
     )
-    engine = start_engine(settings)
-    task = tasks.load_task(settings, engine, policy=settings.policy, reward=settings.reward)
-    settings.optimizer(engine, task.policy, 1e-3)
-    return engine, task, tasks.pad_prompts([task.prompts[0]], task.end_id)
+    run.optimizer("policy", run.policy, 1e-3, steps=1)
+    return run, pad_prompts([run.prompts[0]], run.end_ids[0])
 
 
 def other_weights(job: dict[str, Any]) -> float:
     """How far a policy that was given other weights computes from a plain one that has them."""
-    engine, task, prompts = started(job)
+    run, prompts = started(job)
     plain = Policy(load_causal_lm(job["settings"]["policy"]))
     with torch.no_grad():
         for weight in plain.parameters():
             weight.mul_(1.5)
-    engine.load_state_dict(task.policy, plain.state_dict())
+    run.engine.load_state_dict(run.policy, plain.state_dict())
     batch = rollout(plain, prompts, Sampling(6), end_ids=(), seeds=[7])
     with torch.no_grad():
-        found = [policy(batch.clone())["log_probs"] for policy in (task.policy, plain)]
+        found = [policy(batch.clone())["log_probs"] for policy in (run.policy, plain)]
     return float((found[0] - found[1]).abs().max() + (found[1] - batch["old_log_probs"]).abs().max())
 
 
@@ -129,15 +129,15 @@ def lengths(job: dict[str, Any]) -> tuple[list[int], int]:
     """The lengths of one response a rank, where rank 0's ends at its first token and the others go on; and
     how many weights of reference and reward model a rank holds between forwards.
     """
-    _, task, prompts = started(job)
+    run, prompts = started(job)
     seeds = [[7, 8][ranks.rank()]]
-    first = rollout(task.policy, prompts, Sampling(1), end_ids=(), seeds=seeds)["response_ids"][0, 0].item()
+    first = rollout(run.policy, prompts, Sampling(1), end_ids=(), seeds=seeds)["response_ids"][0, 0].item()
     end = ranks.first_of(first if ranks.is_main() else None)
     assert end is not None
-    batch = rollout(task.policy, prompts, Sampling(6), end_ids={int(end)}, seeds=seeds)
+    batch = rollout(run.policy, prompts, Sampling(6), end_ids={int(end)}, seeds=seeds)
     own = torch.zeros(ranks.world_size(), dtype=torch.int64)
     own[ranks.rank()] = batch["response_mask"].sum()
-    frozen = [weight for module in (task.reference, *task.rewards) for weight in module.parameters()]
+    frozen = [weight for module in (run.reference, run.rewards) for weight in module.parameters()]
     return ranks.reduce(own).tolist(), sum(weight.numel() for weight in frozen)
 
 

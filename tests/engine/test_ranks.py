@@ -53,7 +53,8 @@ def user(save_sandbox_models, tmp_path_factory: pytest.TempPathFactory) -> dict[
     sharded = {"zero_optimization": {f"stage3_{key}": 0 for key in keys}}
     (folder / "sharded.json").write_text(json.dumps(sharded))
     return {
-        **{key: str(folder / key) for key in ("policy", "reward")},
+        "policy": str(folder / "policy"),
+        "reward": [str(folder / "reward")],
         "prompts": str(folder / "prompts.jsonl"),
         "steps": 5,
         "rollout_size": 7,
@@ -253,7 +254,7 @@ def test_everything_else_runs_on_ranks(user, alone, tmp_path):
         "top layers": zero(user, 1, train_layers=1),
         "top layers, sharded": zero(user, 3, train_layers=1),
         "adapters": zero(user, 2, lora_rank=2),
-        "another tokenizer": zero(user, 3, reward=user["reward"].replace("/reward", "/theirs")),
+        "another tokenizer": zero(user, 3, reward=[str(Path(user["policy"]).with_name("theirs"))]),
         "a JSON of their own": zero(user, None, deepspeed_config=str(tmp_path / "own.json")),
     }  # fmt: skip
     jobs = [job(user, tmp_path / name, steps=2, **settings) for name, settings in variants.items()]

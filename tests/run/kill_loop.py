@@ -53,7 +53,7 @@ def user(folder: Path) -> dict[str, object]:
     }
     return {
         "policy": str(folder / "policy"),
-        "reward": str(folder / "reward"),
+        "reward": (str(folder / "reward"),),
         "prompts": folder / "prompts.jsonl",
         "critic_pretrain_steps": 1,
         "steps": 8,

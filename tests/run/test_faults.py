@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -12,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from tensordict import TensorDict
 
-from ppo_kit import task as tasks
 from ppo_kit.engine import LocalEngine, NotFinite, Optimizer
 from ppo_kit.modules import (
     GAE,
@@ -27,19 +25,15 @@ from ppo_kit.modules import (
     minibatches,
     total_loss,
 )
-from ppo_kit.run import check_finite
+from ppo_kit.run import Run, check_finite
 from ppo_kit.run.__main__ import main as command
 from ppo_kit.sandbox.world import PROMPT_OF
+from ppo_kit.training import Session
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 import ppo_max
 
 NAN = float("nan")
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings(ppo_max.PPOMax):
-    skip_faults: int = 0
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +44,7 @@ def user(save_sandbox_models, tmp_path_factory: pytest.TempPathFactory) -> dict[
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     return {
         "policy": str(folder / "policy"),
-        "reward": str(folder / "reward"),
+        "reward": (str(folder / "reward"),),
         "prompts": folder / "prompts.jsonl",
         "rollout_size": 4,
         "minibatch_size": 2,
@@ -69,17 +63,18 @@ def _no_pictures(monkeypatch):
 
 @pytest.fixture
 def cast(monkeypatch):
-    """``cast(change)``: the task of the next run, after ``change(task)``."""
+    """``cast(change)``: the sessions of the runs from now on, each after ``change(session)``."""
 
-    def plant(change) -> list[tasks.Task]:
+    def plant(change) -> list[Session]:
         made = []
 
-        def load(*args, **kwargs):
-            made.append(tasks.load_task(*args, **kwargs))
-            change(made[0])
-            return made[0]
+        class Planted(Session):
+            def __init__(self, *args, **kwargs):
+                super().__init__(*args, **kwargs)
+                made.append(self)
+                change(self)
 
-        monkeypatch.setattr(ppo_max, "load_task", load)
+        monkeypatch.setattr(ppo_max, "Session", Planted)
         return made
 
     return plant
@@ -96,16 +91,16 @@ def nth_time(count: int, change):
     return hook
 
 
-def bad_reward(task: tasks.Task) -> None:
+def bad_reward(task: Session) -> None:
     def spoil(batch):
         batch["score"][2] = NAN
         return batch
 
     # One call before the run, then one a step: the second step.
-    task.rewards[0].register_forward_hook(nth_time(3, spoil))
+    task.rewards.register_forward_hook(nth_time(3, spoil))
 
 
-def bad_log_probs(task: tasks.Task) -> None:
+def bad_log_probs(task: Session) -> None:
     def spoil(batch):
         batch["log_probs"] = torch.where(batch["response_mask"], batch["log_probs"] * NAN, 0.0)
         return batch
@@ -113,15 +108,16 @@ def bad_log_probs(task: tasks.Task) -> None:
     task.policy.register_forward_hook(nth_time(4 + 1, spoil))
 
 
-def bad_loss(task: tasks.Task) -> None:
+def bad_loss(task: Session) -> None:
     def spoil(batch):
         batch["values"] = batch["values"] * 1e30  # finite, and its square is not
         return batch
 
-    task.critic.register_forward_hook(nth_time(4 + 1, spoil))
+    # Five calls in the first step: old values, then a call for each response.
+    task.critic.register_forward_hook(nth_time(5 + 1 + 1, spoil))
 
 
-def bad_critic_gradient(task: tasks.Task) -> None:
+def bad_critic_gradient(task: Session) -> None:
     calls = []
 
     def spoil(gradient):
@@ -144,14 +140,14 @@ def test_a_fault_stops_the_step_before_a_weight_moves(user, cast, tmp_path, caps
     change, says = FAULTS[fault]
     weights = []
 
-    def watched(self, step, *optimizers, real=ppo_max.Run.skipping_faults):
+    def watched(self, step, *optimizers, real=Run.skipping_faults):
         weights.append({name: p.detach().clone() for name, p in made[0].policy.named_parameters()})
         return real(self, step, *optimizers)
 
     made = cast(change)
-    monkeypatch.setattr(ppo_max.Run, "skipping_faults", watched)
+    monkeypatch.setattr(Run, "skipping_faults", watched)
     with pytest.raises(NotFinite, match=rf"step 2: .*{says}.*replay.*--skip-faults"):
-        ppo_max.main(Settings(**user, out=tmp_path / "run"))
+        ppo_max.main(ppo_max.PPOMax(**user, out=tmp_path / "run"))
     # The second step began with weights[1]; its fault came in its first minibatch.
     for part in (made[0].policy, made[0].critic):
         assert all(p.isfinite().all() and p.grad is None for p in part.parameters())
@@ -172,7 +168,7 @@ def test_a_fault_stops_the_step_before_a_weight_moves(user, cast, tmp_path, caps
 def test_a_fault_is_skipped_where_the_user_says_so(user, cast, tmp_path, fault):
     cast(FAULTS[fault][0])
     out = tmp_path / "run"
-    assert ppo_max.main(Settings(**user, out=out, skip_faults=1)) == 0
+    assert ppo_max.main(ppo_max.PPOMax(**user, out=out, skip_faults=1)) == 0
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 3]
     assert all(value is not None for row in rows for value in row.values())
@@ -190,18 +186,18 @@ def test_more_faults_than_allowed_stop(user, cast, tmp_path):
             if len(calls) > 1:
                 batch["score"] = batch["score"] * NAN
 
-        task.rewards[0].register_forward_hook(spoil)
+        task.rewards.register_forward_hook(spoil)
 
     cast(change)
     with pytest.raises(NotFinite, match=r"step 2: .*now 1"):
-        ppo_max.main(Settings(**user, out=tmp_path / "run", skip_faults=1))
+        ppo_max.main(ppo_max.PPOMax(**user, out=tmp_path / "run", skip_faults=1))
     assert len(list((tmp_path / "run/faults").iterdir())) == 2
 
 
 def test_faults_before_the_first_step_are_guarded_as_well(user, cast, tmp_path):
     cast(bad_reward)
-    with pytest.raises(NotFinite, match=r"step 0: score is nan"):
-        ppo_max.main(Settings(**{**user, "critic_pretrain_steps": 2}, out=tmp_path / "run"))
+    with pytest.raises(NotFinite, match=r"score is nan"):
+        ppo_max.main(ppo_max.PPOMax(**{**user, "critic_pretrain_steps": 2}, out=tmp_path / "run"))
 
 
 def test_no_optimizer_moves_where_one_cannot():
@@ -261,7 +257,7 @@ def test_replay_refuses_what_no_run_wrote(tmp_path, capsys, content):
 )
 def test_odd_batches_train(user, tmp_path, sizes):
     out = tmp_path / "run"
-    assert ppo_max.main(Settings(**{**user, **sizes, "critic_pretrain_steps": 1}, out=out)) == 0
+    assert ppo_max.main(ppo_max.PPOMax(**{**user, **sizes, "critic_pretrain_steps": 1}, out=out)) == 0
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 3
     assert all(row["grad_norm"] is not None for row in rows)

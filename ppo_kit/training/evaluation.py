@@ -1,0 +1,59 @@
+"""Averages over held-out responses, responses as text, and rows that no reward scored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ppo_kit.batch import concatenate
+from ppo_kit.monitor.metrics import rollout_metrics
+from ppo_kit.rewards import decode
+
+NAMES = ("score", "gold_score", "kl", "perplexity", "response_length", "truncated_fraction")
+"""What an evaluation measures, and every component of the score."""
+
+
+def held_out_metrics(parts: Sequence[TensorDictBase]) -> dict[str, float]:
+    """One average over all rows of ``parts``, which may be padded to different widths."""
+    keys = ["truncated", "abstained", "old_log_probs", "ref_log_probs", "response_mask", "action_mask"]
+    scores = sorted({str(key) for part in parts for key in part.keys() if "score" in str(key)})  # noqa: SIM118
+    whole = concatenate([part.select(*keys, *scores, strict=False) for part in parts])
+    metrics = rollout_metrics(whole)
+    return {name: value for name, value in metrics.items() if name in NAMES or name in scores}
+
+
+def unscored(batch: TensorDictBase) -> TensorDictBase:
+    """``batch`` in which the rows that a reward abstained on are not learned from.
+
+    They have no action: no advantage, no share of a loss or of a statistic of the policy. Their text and
+    their length stay.
+    """
+    if "abstained" in batch:
+        mask = batch.get("action_mask", batch["response_mask"])
+        batch["action_mask"] = torch.where(batch["abstained"][:, None], False, mask)
+    return batch
+
+
+def samples_of(
+    batch: TensorDictBase, tokenizer: PreTrainedTokenizerBase, count: int = 4
+) -> list[dict[str, Any]]:
+    """The first ``count`` rows as text with their scores and columns, for samples.jsonl."""
+    head = batch[:count]
+    prompts = decode(tokenizer, head["prompt_ids"], head["prompt_mask"])
+    responses = decode(tokenizer, head["response_ids"], head["response_mask"])
+    rows: list[dict[str, Any]] = [
+        {"prompt": prompt, "response": response} for prompt, response in zip(prompts, responses, strict=True)
+    ]
+    for key, value in head.items():
+        if isinstance(value, Tensor):
+            told = key in ("score", "gold_score", "truncated", "abstained") or str(key).startswith("score_")
+        else:
+            told = key != "messages"
+        for row, each in zip(rows, value.tolist() if told else (), strict=False):
+            row[str(key)] = each
+    return rows

@@ -1,0 +1,265 @@
+"""Policy, reference, critic and rewards of a run, by name or from a model of the user's own."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from tensordict.nn import TensorDictModuleBase
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+
+from ppo_kit.engine import Engine
+from ppo_kit.memory import estimate_memory
+from ppo_kit.models import (
+    Critic,
+    LoRA,
+    Policy,
+    Reference,
+    RewardModel,
+    check_embeddings,
+    check_positions,
+    freeze_below,
+    ids_with_token,
+    load_causal_lm,
+    load_scalar_model,
+    load_tokenizer,
+    text_difference,
+)
+from ppo_kit.rewards import RetokenizedReward, Rewards, RewardSpec, TextReward, load_function, parse_rewards
+from ppo_kit.training.settings import RLSettings
+
+logger = logging.getLogger(__name__)
+
+RewardSource: TypeAlias = "str | Callable[..., Any] | TensorDictModuleBase"
+"""One reward: a specification as for ``--reward``, a function of texts, or a module that writes ``score``."""
+RewardSources: TypeAlias = "RewardSource | Sequence[RewardSource] | Mapping[str, RewardSource]"
+
+
+@dataclass
+class Models:
+    """The models of a run. ``policy`` and ``critic`` train, the others do not."""
+
+    policy: Policy
+    reference: Reference | None
+    critic: Critic | None
+    rewards: Rewards
+
+
+@dataclass
+class _Scored:
+    """A reward that is a model of transformers, by name, and how it reads the policy's responses."""
+
+    name: str
+    tokenizer: PreTrainedTokenizerBase
+    same_text: bool
+    model: Any = field(default=None)
+
+
+def load_models(
+    settings: RLSettings,
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    policy: str | PreTrainedModel,
+    rewards: Mapping[str, tuple[Any, float]],
+    *,
+    sandbox_reward: str | None = None,
+    critic: bool = True,
+    reference: bool = True,
+) -> Models:
+    """Load what a run needs, and nothing else.
+
+    ``rewards`` are those of ``reward_sources``; ``sandbox_reward`` is the folder that ``sandbox`` stands for.
+    Policy and reference start from ``policy`` (detail 9). The critic starts from the first reward that is a
+    model with the policy's tokens (detail 8), else from the policy with a new head of zeros.
+
+    Raises:
+        ValueError: a model has fewer embedding rows than its tokenizer has tokens; LoRA together with
+            ``train_layers`` or with sharded weights; a reward is none. Loading raises what its loader raises.
+    """
+    if settings.lora_rank and engine.sharded:
+        raise ValueError("--lora-rank and --zero-stage 3: policy and reference share a base, which cannot be "
+                         "sharded for both; use stage 0, 1 or 2")  # fmt: skip
+    if settings.lora_rank and settings.train_layers >= 0:
+        raise ValueError("--train-layers and --lora-rank exclude each other: LoRA trains every layer")
+    components = {
+        name: _component(source, tokenizer, sandbox_reward) for name, (source, _) in rewards.items()
+    }
+    with engine.loading():
+        trained, frozen = _policy_and_reference(settings, engine, tokenizer, policy, reference=reference)
+        valued = _critic_and_rewards(settings, engine, tokenizer, policy, components, critic=critic)
+    known = ids_with_token(tokenizer)
+    # Where every row of the head is a token there is nothing to mask.
+    whole = bool(known.all()) and len(known) == trained.config.get_text_config(decoder=True).vocab_size
+    sampled: dict[str, Any] = {
+        "temperature": settings.temperature,
+        "dtype": settings.compute_dtype,
+        "valid_ids": None if whole else known,
+    }
+    modules = {name: _module(each, tokenizer, settings) for name, each in components.items()}
+    return Models(
+        policy=Policy(trained, **sampled),
+        reference=None if frozen is None else Reference(frozen, **sampled),
+        critic=None if valued is None else Critic(valued, dtype=settings.compute_dtype),
+        rewards=Rewards(modules, {name: weight for name, (_, weight) in rewards.items()}),
+    )
+
+
+def inputs_of(policy: Any, rewards: Mapping[str, tuple[Any, float]], prompts: Any) -> dict[str, Any]:
+    """What a run reads, by name or path: a resumed run has to find the same again."""
+    targets = {
+        f"reward {name}": source.target
+        for name, (source, _) in rewards.items()
+        if isinstance(source, RewardSpec) and source.kind != "sandbox"
+    }
+    named = {"policy": policy, "prompts": prompts, **targets}
+    return {
+        key: value for key, value in named.items() if isinstance(value, str | Path) and value != "sandbox"
+    }
+
+
+def log_memory(settings: RLSettings, policy: str, rewards: Mapping[str, tuple[Any, float]]) -> None:
+    """Print what the run needs of memory, before anything is loaded; warn where there is less."""
+    models = [each.target for each, _ in rewards.values() if getattr(each, "kind", None) == "model"]
+    reward = models[0] if models else None
+    estimate = estimate_memory(policy, reward, work=settings.workload, sharding=settings.sharding)
+    print(f"memory: {estimate}")
+    if not estimate.fits:
+        logger.warning(
+            "this run needs more memory than is available; --lora-rank, --train-layers or a smaller "
+            "--micro-batch-size lower it"
+        )
+
+
+def scalar_model_of(model: PreTrainedModel) -> PreTrainedModel:
+    """A one-label classifier with a copy of ``model``'s backbone and a head of zeros: a critic's start."""
+    config = copy.deepcopy(model.config)
+    config.num_labels = 1
+    scalar = AutoModelForSequenceClassification.from_config(config, dtype=model.dtype)
+    scalar.base_model.load_state_dict(model.base_model.state_dict())
+    scalar.score.weight.data.zero_()
+    return scalar.to(model.device)
+
+
+def reward_sources(rewards: RewardSources) -> dict[str, tuple[Any, float]]:
+    """{name: (what scores, its weight)}: specifications are parsed, and nothing is loaded.
+
+    Raises:
+        ValueError: there is none, two have one name, or a specification is none.
+    """
+    if isinstance(rewards, Mapping):
+        named = [(str(name), source) for name, source in rewards.items()]
+    else:
+        many = [rewards] if isinstance(rewards, str) or not isinstance(rewards, Sequence) else rewards
+        named = [("", source) for source in many]
+    found: dict[str, tuple[Any, float]] = {}
+    for name, source in named:
+        for each in parse_rewards([source]) if isinstance(source, str) else [source]:
+            spec = isinstance(each, RewardSpec)
+            own = each.name if spec else getattr(each, "__name__", type(each).__name__)
+            key = name or re.sub(r"\W", "_", own)
+            if key in found:
+                raise ValueError(
+                    f"reward: got two of the name {key!r}; name them: {{name: reward}} or NAME=TARGET"
+                )
+            found[key] = (each, each.weight if spec else 1.0)
+    if not found:
+        raise ValueError("reward: got none, needs at least one")
+    return found
+
+
+def _component(source: Any, tokenizer: PreTrainedTokenizerBase, sandbox_reward: str | None) -> Any:
+    """What scores: a module, a function, or a model's name with its tokenizer."""
+    if not isinstance(source, RewardSpec):
+        return source
+    if source.kind == "function":
+        return load_function(source)
+    name = sandbox_reward if source.kind == "sandbox" else source.target
+    if name is None:
+        raise ValueError(
+            "--reward: a policy of your own needs a reward of its own: a function (docs/rewards.md), or a "
+            "model, made with recipes/reward_model.py --base ... --pairs ..."
+        )
+    theirs = load_tokenizer(name)
+    return _Scored(name, theirs, text_difference(tokenizer, theirs) is None)
+
+
+def _policy_and_reference(
+    settings: RLSettings,
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    policy: str | PreTrainedModel,
+    *,
+    reference: bool,
+) -> tuple[Any, Any]:
+    def loaded() -> PreTrainedModel:
+        # Read again, not copied: a model that was sharded while it was read cannot be.
+        if isinstance(policy, str):
+            return load_causal_lm(policy, dtype=engine.weights_dtype)
+        return copy.deepcopy(policy)
+
+    actor = loaded() if isinstance(policy, str) else policy
+    name = policy if isinstance(policy, str) else type(policy).__name__
+    check_embeddings(actor, tokenizer, name)
+    check_positions(actor, settings.prompt_tokens + settings.max_new_tokens, name=name)
+    if settings.lora_rank:
+        lora = LoRA(actor, rank=settings.lora_rank, seed=settings.seed)
+        return lora.causal("policy"), lora.causal(None) if reference else None
+    frozen = loaded() if reference else None
+    freeze_below(actor, settings.train_layers)
+    return actor, frozen
+
+
+def _critic_and_rewards(
+    settings: RLSettings,
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    policy: str | PreTrainedModel,
+    components: Mapping[str, Any],
+    *,
+    critic: bool,
+) -> Any:
+    """Load the models among ``components``; the critic's model, if there is to be one."""
+    weights: dict[str, Any] = {"dtype": engine.weights_dtype}
+    scored = [each for each in components.values() if isinstance(each, _Scored)]
+    for each in scored:
+        each.model = load_scalar_model(each.name, **weights)
+        check_embeddings(each.model, each.tokenizer, each.name)
+        if each.same_text:
+            check_positions(each.model, settings.prompt_tokens + settings.max_new_tokens, name=each.name)
+    if not critic:
+        return None
+    start = next((each for each in scored if each.same_text), None)
+    if settings.lora_rank:
+        base = _scalar_policy(policy, weights) if start is None else start.model
+        lora = LoRA(base, rank=settings.lora_rank, seed=settings.seed)
+        valued: Any = lora.scalar("critic")
+        if start is not None:
+            start.model = lora.scalar(None)
+        return valued
+    valued = _scalar_policy(policy, weights) if start is None else load_scalar_model(start.name, **weights)
+    freeze_below(valued, settings.train_layers)
+    return valued
+
+
+def _scalar_policy(policy: str | PreTrainedModel, weights: Mapping[str, Any]) -> PreTrainedModel:
+    return (
+        load_scalar_model(policy, head="new", **weights)
+        if isinstance(policy, str)
+        else scalar_model_of(policy)
+    )
+
+
+def _module(component: Any, tokenizer: PreTrainedTokenizerBase, settings: RLSettings) -> TensorDictModuleBase:
+    if isinstance(component, TensorDictModuleBase):
+        return component
+    if not isinstance(component, _Scored):
+        return TextReward(component, tokenizer)
+    model = component.model.requires_grad_(False)
+    if component.same_text:
+        return RewardModel(model, dtype=settings.compute_dtype)
+    return RetokenizedReward(model, component.tokenizer, tokenizer)
