@@ -114,7 +114,7 @@ class Refusal(str):
     """The text of an error that a loader may raise."""
 
 
-def attempt(what: str, call: Callable[[], Any], error: type[Exception]) -> Any:
+def attempt(what: str, call: Callable[[], Any], error: type[Exception] | tuple[type[Exception], ...]) -> Any:
     """What ``call`` returns, or the ``Refusal`` where it raises ``error``; anything else is a finding."""
     TRIED[what] += 1
     try:
