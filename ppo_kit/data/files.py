@@ -144,8 +144,8 @@ class _Window:
                 row, end = _DECODER.raw_decode(self.text, self.at)
             except (ValueError, RecursionError) as problem:
                 error = problem
-            # A number that ends where the text does may go on behind it.
-            if error is None and end < len(self.text):
+            # A number that ends where the text does may go on behind it: `1` of `12`, `1.` of `1.5`.
+            if error is None and self.text[end : end + 1] not in ("", ".", "e", "E"):
                 break
             if len(self.text) - self.at > MAX_ROW_BYTES:
                 raise _too_long().at(f"{self.path}:{self.here()}")

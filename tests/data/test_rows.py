@@ -41,6 +41,7 @@ SEVERAL: dict[str, tuple[str, list[tuple[int, Any]]]] = {
     "a list, printed": (json.dumps([PRETTY, 5], indent=1), [(2, PRETTY), (16, 5)]),
     "an empty list": ("[ \n ]\n", []),
     "numbers": ("[1,22 ,\n333]", [(1, 1), (1, 22), (2, 333)]),
+    "longer numbers": ("[0.5,\n-1e3, 2.5E+2,\n12.0]", [(1, 0.5), (2, -1000.0), (2, 250.0), (3, 12.0)]),
     "a row a line": ('{"a": 1}\n{"b":\n', [(1, {"a": 1})]),
     "nothing": ("", []),
     "spaces": (" \n \n", []),
