@@ -10,18 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedModel
+
+from ppo_kit.models.sequence import probe_ids
 
 if TYPE_CHECKING:
     from ppo_kit.models.lora import LoRA
-
-
-def probe_ids(model: PreTrainedModel) -> Tensor:
-    """[1,32] tokens, drawn evenly; fewer where the model has fewer positions."""
-    config = model.config.get_text_config(decoder=True)
-    size = (1, min(32, getattr(config, "max_position_embeddings", None) or 32))
-    ids = torch.randint(config.vocab_size, size, generator=torch.Generator().manual_seed(0))
-    return ids.to(model.device)
 
 
 @torch.no_grad()

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ppo_kit.functional import linear_token_log_probs
-from ppo_kit.models.policy import autocast
+from ppo_kit.models.load import load_causal_lm
+from ppo_kit.models.policy import autocast, mode
 from ppo_kit.models.scoring import RewardModel
-from ppo_kit.models.sequence import join
-from ppo_kit.models.source import model_source
+from ppo_kit.models.sequence import join, probe_ids
 
 
 class RewardWithLanguageHead(RewardModel):
@@ -62,13 +60,14 @@ def language_head(name: str, model: PreTrainedModel) -> nn.Parameter:
 
     A classifier has none of its own. With tied embeddings the matrix is the classifier's input embedding,
     the very tensor, so both terms train it. Otherwise it is read from ``name``, as float32, and trains where
-    the input embedding does.
+    the input embedding does. The causal model is loaded for a moment, to compare its own logits with
+    hidden · head on a few tokens (not where DeepSpeed has sharded the weights).
 
     Raises:
         ValueError: ``name`` holds no language-model head (a reward model of untied embeddings), or its head
-            does more than multiply: a bias, a cap, a scale.
+            does more than multiply: a bias (GPT-J, Phi), a cap, a scale, a projection.
     """
-    config = model.config
+    config = model.config.get_text_config(decoder=True)
     changed = [
         key
         for key, idle in (("final_logit_softcapping", None), ("logits_scaling", 1), ("logit_scale", 1))
@@ -76,17 +75,36 @@ def language_head(name: str, model: PreTrainedModel) -> nn.Parameter:
     ]
     if changed:
         raise ValueError(f"{name}: its language-model head applies {changed}, which loss (2) does not")
-    if config.tie_word_embeddings:
-        return model.get_input_embeddings().weight
-    causal: Any
-    causal, info = AutoModelForCausalLM.from_pretrained(
-        model_source(name), dtype=torch.float32, output_loading_info=True, trust_remote_code=False
-    )
+    try:
+        causal = load_causal_lm(name)
+    except ValueError as error:
+        raise ValueError(
+            f"{name}: has no language-model head that loads ({error}); start from the causal model, or "
+            "without --lm-coef"
+        ) from None
     head = causal.get_output_embeddings()
-    if {key for key, weight in causal.named_parameters() if weight is head.weight} & set(
-        info["missing_keys"]
-    ):
-        raise ValueError(f"{name}: has no language-model head; start from the causal model, or without it")
     if getattr(head, "bias", None) is not None:
-        raise ValueError(f"{name}: its language-model head has a bias, which is not supported")
-    return head.weight.requires_grad_(model.get_input_embeddings().weight.requires_grad)
+        raise ValueError(f"{name}: its language-model head has a bias, which loss (2) does not add")
+    if not any(hasattr(weight, "ds_id") for weight in (*causal.parameters(), *model.parameters())):
+        _compare(name, causal, model, head.weight)
+    tied = config.tie_word_embeddings
+    embedding = model.get_input_embeddings().weight
+    return embedding if tied else head.weight.requires_grad_(embedding.requires_grad)
+
+
+@torch.no_grad()
+def _compare(name: str, causal: PreTrainedModel, model: PreTrainedModel, head: Tensor) -> None:
+    """Refuse a head of which hidden · head are not the logits."""
+    ids = probe_ids(model)
+    right = causal.eval()(input_ids=ids.to(causal.device), use_cache=False).logits.log_softmax(-1)
+    with mode(model, training=False):
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    found = None
+    if hidden.shape[-1] == head.shape[-1]:
+        found = (hidden.to(right) @ head.to(right).T).log_softmax(-1)
+    difference = float("inf") if found is None else float((found - right).abs().max())
+    if not difference <= 0.01:
+        raise ValueError(
+            f"{name}: its log-probabilities are not those of its head on the last hidden states (by "
+            f"{difference:.3g} nats), which loss (2) takes them for; train without --lm-coef"
+        )

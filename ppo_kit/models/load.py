@@ -151,7 +151,8 @@ def _with_bias(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
     class WithBias(kind):  # type: ignore[valid-type, misc]
         def __init__(self, config: Any, *args: Any, **settings: Any) -> None:
             super().__init__(config, *args, **settings)
-            self.score = nn.Linear(config.get_text_config().hidden_size, 1, dtype=self.dtype)
+            without: Any = self.score
+            self.score = nn.Linear(without.in_features, without.out_features, dtype=self.dtype)
 
     return WithBias
 

@@ -20,9 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ppo_kit.models.adapter_check import check_adapter, probe_ids
+from ppo_kit.models.adapter_check import check_adapter
 from ppo_kit.models.policy import checkpoint_activations, disable_dropout
 from ppo_kit.models.save import save_weights
+from ppo_kit.models.sequence import probe_ids
 
 
 class LoRA:
@@ -249,8 +250,8 @@ class AdaptedScalar(AdaptedModel):
         super().__init__(lora, name)
         head = getattr(lora.model, "score", None)
         if head is None:
-            example = lora.model.get_input_embeddings().weight
-            head = nn.Linear(lora.model.config.hidden_size, 1, bias=False).to(example)
+            output = lora.model.get_output_embeddings().weight
+            head = nn.Linear(output.shape[1], 1, bias=False).to(output)
             nn.init.zeros_(head.weight)
         self.score = copy.deepcopy(head).requires_grad_(name is not None)
 

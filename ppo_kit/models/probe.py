@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ppo_kit.models.policy import ModelModule, Policy, cache_of
+from ppo_kit.models.policy import ModelModule, Policy, cache_of, mode
 from ppo_kit.models.scoring import Critic, RewardModel
 from ppo_kit.models.sequence import positions_of
 
@@ -50,7 +49,7 @@ def check_policy(policy: Policy, *, name: str | None = None, tolerance: float | 
 
     name, same = _comparison(policy, name, tolerance, log_probs)
     ids, mask = _rows(policy)
-    with _mode(policy, training=False):
+    with mode(policy.model, training=False):
         both = _logits(policy, ids, mask)
         first, second = (_logits(policy, *row) for row in _alone(ids))
         same(
@@ -67,7 +66,7 @@ def check_policy(policy: Policy, *, name: str | None = None, tolerance: float | 
             "with its cache it gives other log-probabilities than without: what is sampled is not what is "
             "scored",
         )
-    with _mode(policy, training=True):
+    with mode(policy.model, training=True):
         same(
             _logits(policy, ids, mask),
             both,
@@ -93,7 +92,7 @@ def check_scalar(
     def scalars(ids: Tensor, mask: Tensor) -> Tensor:
         return module.call(**_inputs(ids, mask), use_cache=False)
 
-    with _mode(module, training=False):
+    with mode(module.model, training=False):
         both = scalars(ids, mask)
         first, second = (scalars(*row) for row in _alone(ids))
         ahead = scalars(_with_other_end(ids[:1]), mask[:1])
@@ -106,7 +105,7 @@ def check_scalar(
         if isinstance(module.model, PreTrainedModel) and not _sharded(module):
             own = module.model(**_inputs(ids[:1], mask[:1]), use_cache=False).logits
             same(first[:, -1], own[:, 0], "its own logit is not its head on the last hidden state")
-    with _mode(module, training=True):
+    with mode(module.model, training=True):
         same(scalars(ids, mask), both, "in training mode it gives other numbers: dropout or noise is left on")
 
 
@@ -206,16 +205,6 @@ def _cached(policy: Policy, name: str, ids: Tensor, mask: Tensor) -> Tensor:
         cache = cache_of(out, name)
         found.append(out.logits[:, -1:])
     return torch.cat(found, 1)
-
-
-@contextmanager
-def _mode(module: ModelModule, *, training: bool) -> Iterator[None]:
-    was = module.model.training
-    module.model.train(training)
-    try:
-        yield
-    finally:
-        module.model.train(was)
 
 
 def _base(model: Any) -> nn.Module:

@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 
-class Sequence(NamedTuple):
+class Joined(NamedTuple):
     """ids, mask (int64), positions, each [B,P+T]. Positions come from the mask: padding moves nothing."""
 
     ids: Tensor
@@ -16,7 +17,7 @@ class Sequence(NamedTuple):
     positions: Tensor
 
 
-def join(prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor, response_mask: Tensor) -> Sequence:
+def join(prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor, response_mask: Tensor) -> Joined:
     """Concatenate prompt and response; ids in masked slots are replaced by 0, whatever they held.
 
     >>> import torch
@@ -28,9 +29,17 @@ def join(prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor, response
     """
     mask = torch.cat([prompt_mask, response_mask], 1)
     ids = torch.where(mask, torch.cat([prompt_ids, response_ids], 1), 0)
-    return Sequence(ids, mask.long(), positions_of(mask))
+    return Joined(ids, mask.long(), positions_of(mask))
 
 
 def positions_of(mask: Tensor) -> Tensor:
     """Position ids [B,L]: the number of valid tokens before each slot."""
     return (mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+def probe_ids(model: PreTrainedModel) -> Tensor:
+    """[1,32] tokens, drawn evenly; fewer where the model has fewer positions."""
+    config = model.config.get_text_config(decoder=True)
+    size = (1, min(32, getattr(config, "max_position_embeddings", None) or 32))
+    ids = torch.randint(config.vocab_size, size, generator=torch.Generator().manual_seed(0))
+    return ids.to(model.device)

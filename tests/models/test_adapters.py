@@ -9,7 +9,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ppo_kit.memory import estimate_memory
-from ppo_kit.models import LoRA, RewardModel, load_causal_lm, load_scalar_model, load_tokenizer, save_model
+from ppo_kit.models import (
+    Critic,
+    LoRA,
+    RewardModel,
+    check_scalar,
+    load_causal_lm,
+    load_scalar_model,
+    load_tokenizer,
+    save_model,
+)
 from ppo_kit.sandbox import sandbox_tokenizer
 from tests.architectures import tiny
 
@@ -56,6 +65,13 @@ def test_an_adapter_of_experts_and_hybrids_is_saved_and_merged(model_type, tmp_p
 def test_what_peft_cannot_adapt_is_refused_at_the_start_with_its_reason(model_type):
     with pytest.raises(ValueError, match=f"LoRA on {model_type}: peft says: .*incompatible"):
         LoRA(tiny(model_type), rank=2).causal("policy")
+
+
+def test_a_critic_on_a_model_whose_last_states_are_narrower_than_its_layers():
+    """OPT-350m projects its states before the head."""
+    model = tiny("opt", ffn_dim=32, word_embed_proj_dim=16)
+    critic = Critic(LoRA(model, rank=2).scalar("critic"))
+    check_scalar(critic)
 
 
 def test_an_adapter_that_would_be_lost_is_refused_at_the_start(tiny_model, monkeypatch):

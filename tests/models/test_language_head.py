@@ -9,6 +9,7 @@ from ppo_kit.functional import reward_model_loss
 from ppo_kit.models import Policy, RewardModel, load_scalar_model
 from ppo_kit.models.language_head import RewardWithLanguageHead, language_head
 from ppo_kit.modules.preference import PairwiseLoss
+from tests.architectures import tiny
 
 PROMPTS, RESPONSES = [[3, 4], [5, 6, 7, 8]] * 2, [[9, 10, 11], [12, 1], [13, 1], [2, 14, 15, 16]]
 
@@ -108,3 +109,36 @@ def test_what_has_no_such_head_is_refused(tiny_model, make_batch, both, tmp_path
         language_head(str(tmp_path / "classifier"), classifier)
     with pytest.raises(ValueError, match="got 3 rows, needs two a pair"):
         both("llama")[1](make_batch(PROMPTS[:3], RESPONSES[:3]))
+
+
+OTHER_LOGITS = [
+    ("gptj", {"n_embd": 32, "n_layer": 2, "n_head": 2, "rotary_dim": 8}, "has a bias"),
+    ("phi", {}, "has a bias"),
+    ("gemma2", {"head_dim": 16, "final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("model_type", "settings", "reason"), OTHER_LOGITS)
+def test_a_head_that_does_more_than_multiply_is_refused(tmp_path, model_type, settings, reason, tied):
+    """Log-probs by hidden · head were off by 0.19 nats on a tied GPT-J."""
+    model = tiny(model_type, **settings, tie_word_embeddings=tied)
+    for key, bias in model.named_parameters():
+        if key == "lm_head.bias":
+            torch.nn.init.normal_(bias)
+    model.save_pretrained(tmp_path)
+    classifier = tiny(model_type, scalar=True, **settings, tie_word_embeddings=tied)
+    classifier.load_state_dict(model.state_dict(), strict=False)
+    with pytest.raises(ValueError, match=reason):
+        language_head(str(tmp_path), classifier)
+
+
+def test_logits_that_are_not_hidden_times_head_are_refused(tmp_path, tiny_model):
+    model = tiny_model("llama", tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    classifier = load_scalar_model(str(tmp_path), head="new")
+    assert language_head(str(tmp_path), classifier) is classifier.get_input_embeddings().weight
+    with torch.no_grad():
+        classifier.model.norm.weight.mul_(1.1)
+    with pytest.raises(ValueError, match="not those of its head"):
+        language_head(str(tmp_path), classifier)
