@@ -14,7 +14,8 @@ def read_tokenizer(source: str | Path, **settings: Any) -> PreTrainedTokenizerBa
 
     Raises:
         OSError: there is none, or the Hub cannot be asked.
-        ValueError: its files do not hold one: ``tokenizer.json`` is no JSON, or lacks a part.
+        ValueError: its files do not hold one: ``tokenizer.json`` is no JSON, or lacks a part; or they need code of
+            the folder.
     """
     from transformers import AutoTokenizer
 
@@ -23,6 +24,8 @@ def read_tokenizer(source: str | Path, **settings: Any) -> PreTrainedTokenizerBa
     except (OSError, KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # the tokenizers library ends in a panic, which is no Exception
+        if "trust_remote_code" in str(error):
+            raise ValueError(f"{source}: its folder carries code of its own, which is never run") from None
         raise ValueError(
             f"{source}: its tokenizer cannot be read ({type(error).__name__}: {str(error)[:200]}); "
             "tokenizer.json or tokenizer_config.json is damaged, or of another kind"

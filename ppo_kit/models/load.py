@@ -151,8 +151,8 @@ def _with_bias(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
     class WithBias(kind):  # type: ignore[valid-type, misc]
         def __init__(self, config: Any, *args: Any, **settings: Any) -> None:
             super().__init__(config, *args, **settings)
-            without: Any = self.score
-            self.score = nn.Linear(without.in_features, without.out_features, dtype=self.dtype)
+            shape = self.get_submodule("score").weight.shape
+            self.score = nn.Linear(shape[1], shape[0], dtype=self.dtype)
 
     return WithBias
 
