@@ -1,9 +1,9 @@
 """Check a policy, a reward model, prompts and settings before a PPO run.
 
-    python -m ppo_kit.doctor --policy DIR --reward DIR --prompts FILE.jsonl.gz --max-new-tokens 128
+    ppo-kit doctor --policy DIR --reward DIR --prompts FILE.jsonl.gz --max-new-tokens 128
 
-Takes the settings of the PPO recipes. Exit status: 1 where a check fails, 2 where there is
-nothing to check, else 0.
+Takes the settings that all recipes share which sample responses, and those of PPO. Exit status: 1 where a
+check fails, 2 where there is nothing to check, else 0.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red"}
 
 @dataclass(frozen=True)
 class Doctor(PPOSettings):
+    critic: bool = True
+    """The run trains a critic, as PPO does; --no-critic for RLOO, GRPO and others that have none."""
     json: bool = False
     """Print one JSON object, {"failed": ..., "findings": [...]}, instead of the table."""
 
@@ -37,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     settings = tyro.cli(Doctor, description=__doc__, args=arguments, prog="python -m ppo_kit.doctor")
     torch.set_num_threads(settings.threads)
     try:
-        subject = Subject(settings)
+        subject = Subject(settings, critic=settings.critic)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 
-from ppo_kit.doctor import model_checks, text_checks
+from ppo_kit.doctor import model_checks, reward_checks, text_checks
 from ppo_kit.doctor.finding import Finding, Level
 from ppo_kit.doctor.subject import Subject
 
@@ -17,14 +17,16 @@ CHECKS: dict[str, Check] = {
     "pad and end tokens": text_checks.tokens,
     "chat template": text_checks.chat_template,
     "prompts": text_checks.prompts,
-    "reward tokenizer": text_checks.reward_tokenizer,
+    "reward tokenizer": reward_checks.reward_tokenizer,
     "sampling": model_checks.sampling,
     "weights and learning rate": model_checks.learning_rate,
+    "positions": model_checks.positions,
     "response length": model_checks.response_length,
+    "forward passes": model_checks.forward,
     "dropout": model_checks.dropout,
     "ratio at step one": model_checks.ratio,
     "padding": model_checks.padding,
-    "reward head": model_checks.reward_head,
+    "rewards": reward_checks.rewards,
 }
 """Name -> check, in the order in which they run."""
 

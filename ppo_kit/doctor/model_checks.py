@@ -11,8 +11,9 @@ from torch import Tensor
 from ppo_kit.doctor.finding import Level
 from ppo_kit.doctor.subject import Subject
 from ppo_kit.memory import estimate_memory
+from ppo_kit.models import Critic, RewardModel, check_policy, check_positions, check_scalar
 from ppo_kit.monitor.first_ratio import check_first_ratio
-from ppo_kit.rewards.retokenized import RetokenizedReward
+from ppo_kit.rewards import RetokenizedReward
 
 TOLERANCE = 1e-3
 """Largest difference that rounding explains where models compute in float32 [nats, or units of the score]."""
@@ -22,22 +23,24 @@ MANY_TRUNCATED = 0.25
 
 def memory(subject: Subject) -> tuple[Level, str, str]:
     """The estimated peak fits what the machine has free."""
-    settings = subject.settings
-    estimate = estimate_memory(
-        settings.policy, settings.reward, work=settings.workload, sharding=settings.sharding
-    )
+    settings, rewards = subject.settings, list(subject.reward_models.values())
+    first = rewards[0] if rewards else None
+    estimate = estimate_memory(settings.policy, first, work=settings.workload, sharding=settings.sharding)
+    found = f"{estimate}"
+    if len(rewards) > 1:
+        found += f"; of {len(rewards)} reward models the first is counted"
     if not estimate.fits:
         return (
             "fail",
-            str(estimate),
+            found,
             "a smaller --micro-batch-size, --lora-rank N, --train-layers N, or smaller models",
         )
-    return "pass", str(estimate), ""
+    return "pass", found, ""
 
 
 def sampling(subject: Subject) -> tuple[Level, str, str]:
     """What is drawn is what is scored."""
-    on = subject.task.sampling
+    on = subject.sampling
     if on.rescorable:
         return "pass", f"as scored, at temperature {subject.settings.temperature:g}", ""
     return (
@@ -55,12 +58,10 @@ def learning_rate(subject: Subject) -> tuple[Level, str, str]:
     """
     worst, dtype = ("", 1.0), None
     settings = subject.settings
-    for name, model, lr in (
-        ("policy", subject.task.policy.model, settings.lr),
-        ("critic", subject.task.critic.model, settings.critic_lr),
-    ):
+    for name, module in subject.trained.items():
+        lr = settings.lr if name == "policy" else getattr(settings, "critic_lr", settings.lr)
         moved = weights = 0
-        for parameter in model.parameters():
+        for parameter in module.model.parameters():
             if parameter.requires_grad:
                 w = parameter.detach().flatten()[:100_000]
                 dtype = dtype or w.dtype
@@ -72,21 +73,45 @@ def learning_rate(subject: Subject) -> tuple[Level, str, str]:
     if worst[1] < 0.5:
         return "fail", worst[0], "float32 master weights (load with dtype=torch.float32), or a larger rate"
     if worst[1] < 0.99:
-        return "warn", worst[0], "a larger --lr or --critic-lr"
+        return "warn", worst[0], "a larger --lr, or --critic-lr where it is the critic"
     return "pass", f"a step of {settings.lr:g} changes the policy's {dtype} weights", ""
 
 
-def response_length(subject: Subject) -> tuple[Level, str, str]:
-    """Responses end by themselves, and prompt and response fit the model's positions."""
-    settings, batch = subject.settings, subject.batch
-    positions = getattr(subject.task.policy.model.config, "max_position_embeddings", None)
-    longest = max(map(len, subject.prompts.ids)) + settings.max_new_tokens
-    if positions is not None and longest > positions:
+def positions(subject: Subject) -> tuple[Level, str, str]:
+    """The longest prompt and response fit the positions of every model that reads them."""
+    longest = max(map(len, subject.prompts.ids)) + subject.settings.max_new_tokens
+    models = {name: module.model for name, module in subject.trained.items()}
+    for name, module in subject.models.rewards.components.items():
+        if isinstance(module, RewardModel):  # another tokenizer's counts tokens of its own
+            models[f"reward {name}"] = module.model
+    limits = {name: _positions(model) for name, model in models.items()}
+    short = {name: limit for name, limit in limits.items() if limit is not None and limit < longest}
+    if short:
+        level: Level = "warn"
+        for name in short:
+            try:
+                check_positions(models[name], longest, name=name)
+            except ValueError:  # a table of so many rows; without one, positions are computed
+                level = "fail"
+        named = ", ".join(f"{name} was made for {limit}" for name, limit in short.items())
+        room = max(1, min(short.values()) - subject.settings.max_new_tokens)
         return (
-            "fail",
-            f"the longest prompt and response have {longest} tokens, the model {positions} positions",
-            f"--prompt-tokens {max(1, positions - settings.max_new_tokens)}, or a smaller --max-new-tokens",
+            level,
+            f"the longest prompt and response have {longest} tokens; {named}",
+            f"--prompt-tokens {room}, or a smaller --max-new-tokens",
         )
+    known = [limit for limit in limits.values() if limit is not None]
+    return "pass", f"{longest} tokens at most" + (f", of {min(known)} or more" if known else ""), ""
+
+
+def _positions(model: Any) -> int | None:
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) else None
+
+
+def response_length(subject: Subject) -> tuple[Level, str, str]:
+    """Responses end by themselves."""
+    settings, batch = subject.settings, subject.batch
     share = float(batch["truncated"].float().mean())
     lengths = batch["response_mask"].sum(1).tolist()
     found = f"{share:.0%} of {len(lengths)} responses reach {settings.max_new_tokens} tokens without ending"
@@ -96,15 +121,26 @@ def response_length(subject: Subject) -> tuple[Level, str, str]:
     return "pass", f"{found}; {min(lengths)} to {max(lengths)} tokens", ""
 
 
+def forward(subject: Subject) -> tuple[Level, str, str]:
+    """Models compute what is read from them: the checks that a run makes before its first step."""
+    check_policy(subject.models.policy, name="policy")
+    read = ["policy"]
+    scalars = {"critic": subject.models.critic, **subject.models.rewards.components}
+    for name, module in scalars.items():
+        model = module.reward if isinstance(module, RetokenizedReward) else module
+        if isinstance(model, (Critic, RewardModel)):
+            check_scalar(model, name=name)
+            read.append(name)
+    return "pass", f"{', '.join(read)}: with and without cache, padding and other logits they agree", ""
+
+
 @torch.no_grad()
 def dropout(subject: Subject) -> tuple[Level, str, str]:
     """Two passes in train mode agree to the bit."""
     rows = _inputs(subject.batch[:2])
     differing = []
-    for name, module, key in (
-        ("policy", subject.task.policy, "log_probs"),
-        ("critic", subject.task.critic, "values"),
-    ):
+    for name, module in subject.trained.items():
+        key = module.out_keys[0]
         was_training = module.model.training
         module.model.train()
         one, two = (module(rows.clone())[key] for _ in range(2))
@@ -123,7 +159,7 @@ def dropout(subject: Subject) -> tuple[Level, str, str]:
 @torch.no_grad()
 def ratio(subject: Subject) -> tuple[Level, str, str]:
     """π of the sampling loop (with its cache) is π of the training pass."""
-    scored = subject.task.policy(subject.batch.clone())
+    scored = subject.models.policy(subject.batch.clone())
     drift = check_first_ratio(scored, tolerance=subject.settings.ratio_tolerance)
     tokens = int(scored["response_mask"].sum())
     return "pass", f"1: log-probs of {tokens} tokens agree within {drift:.1e} nats when rescored", ""
@@ -131,43 +167,30 @@ def ratio(subject: Subject) -> tuple[Level, str, str]:
 
 @torch.no_grad()
 def padding(subject: Subject) -> tuple[Level, str, str]:
-    """Padding on either side, with any id in it, changes no log-prob, value or score."""
+    """Padding on either side, with any id in it, changes no log-prob, value or model's score."""
     rows = _inputs(subject.batch[:4])
     wide = _padded(rows, left=5, right=3, fill=int(rows["prompt_ids"][0, -1]))
-    task, width, worst = subject.task, rows["response_mask"].shape[1], 0.0
+    width, worst = rows["response_mask"].shape[1], 0.0
     allowed = BFLOAT16_TOLERANCE if subject.settings.bf16 else TOLERANCE
-    for key, module in (
-        ("log_probs", task.policy),
-        ("values", task.critic),
-        ("score", task.rewards[0]),
-    ):
-        one, two = (module(each.clone())[key] for each in (rows, wide))
+    modules: dict[str, Any] = {
+        **{str(module.out_keys[0]): module for module in subject.trained.values()},
+        **{
+            f"scores of {name}": module
+            for name, module in subject.models.rewards.components.items()
+            if isinstance(module, (RewardModel, RetokenizedReward))
+        },
+    }
+    for what, module in modules.items():
+        one, two = (module(each.clone())[module.out_keys[0]] for each in (rows, wide))
         difference = float((one - two[:, :width] if two.ndim == 2 else one - two).abs().max())
         worst = max(worst, difference)
         if not difference <= allowed:
             return (
                 "fail",
-                f"{key} differ by {difference:.2g} when 5 slots are padded on the left and 3 on the right",
+                f"{what} differ by {difference:.2g} when 5 slots are padded on the left and 3 on the right",
                 "the model has to use attention_mask and position_ids as they are given",
             )
-    return "pass", f"changes log-probs, values and scores by at most {worst:.1e}", ""
-
-
-@torch.no_grad()
-def reward_head(subject: Subject) -> tuple[Level, str, str]:
-    """The head is a trained one and tells responses apart."""
-    fix = "train a reward model: recipes/reward_model.py --base ... --pairs ..."
-    reward: Any = subject.task.rewards[0]
-    reader = reward.reward if isinstance(reward, RetokenizedReward) else reward
-    if not bool(reader.model.score.weight.any()):
-        return "fail", "the checkpoint holds no trained head (all its weights are 0): it ranks nothing", fix
-    score = reward(_inputs(subject.batch))["score"]
-    if not bool(score.isfinite().all()):
-        return "fail", f"scores are not finite: {score.tolist()}", fix
-    if len(score) > 1 and float(score.max() - score.min()) <= TOLERANCE * float(score.abs().max()):
-        return "fail", f"all {len(score)} responses score {score[0]:.4g}", fix
-    mean, std = float(score.mean()), float(score.std())
-    return "pass", f"scores {len(score)} responses {mean:.3g} ± {std:.2g}", ""
+    return "pass", f"changes {', '.join(modules)} by at most {worst:.1e}", ""
 
 
 def _inputs(batch: TensorDictBase) -> TensorDictBase:

@@ -2,53 +2,67 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 from functools import cached_property
+from typing import Any
 
-from tensordict import TensorDictBase
+from tensordict import NonTensorStack, TensorDictBase
 from transformers import PreTrainedTokenizerBase
 
-from ppo_kit.data import Prompts, load_prompts
-from ppo_kit.engine import EngineSettings, LocalEngine
-from ppo_kit.models.load import load_tokenizer
-from ppo_kit.task import Task, load_task
-from ppo_kit.training.settings import PPOSettings
+from ppo_kit.data import Prompts, end_ids, load_prompts, pad_prompts, split_rows
+from ppo_kit.engine import Engine, EngineSettings, LocalEngine
+from ppo_kit.models import load_tokenizer
+from ppo_kit.sampling import Sampling, rollout, row_seed
+from ppo_kit.training.models import Models, load_models, reward_sources
+from ppo_kit.training.settings import RLSettings
 
 ROWS = 8
 """Prompts that are sampled from. Enough to see a fault, few enough for a CPU."""
 
 
 class Subject:
-    """The parts of a run with ``settings``, loaded as the run loads them (``ppo_kit.task.load_task``).
+    """The parts of a run with ``settings``, loaded as the run loads them (``ppo_kit.training``).
 
-    Any part can be set by assignment before it is asked for: ``subject.task = my_task``.
+    Any part can be set by assignment before it is asked for: ``subject.models = my_models``.
+
+    Args:
+        settings: of any recipe that samples responses.
+        critic: whether the run trains one; by default where the settings have a ``critic_lr``.
 
     Raises:
-        ValueError: policy, reward or prompts are not named; the sandbox needs no preflight. Loading a part
-            raises what its loader raises.
+        ValueError: policy, reward or prompts are not named; the sandbox needs no preflight. A reward is
+            misspelt. Loading a part raises what its loader raises.
     """
 
-    def __init__(self, settings: PPOSettings) -> None:
-        lacking = [name for name in ("policy", "reward") if getattr(settings, name) == "sandbox"]
-        lacking += ["prompts"] if settings.prompts is None else []
+    def __init__(self, settings: RLSettings, *, critic: bool | None = None) -> None:
+        self.rewards: dict[str, tuple[Any, float]] = reward_sources(settings.reward)
+        lacking = ["--policy"] if settings.policy == "sandbox" else []
+        lacking += ["--reward"] if any(_kind(each) == "sandbox" for each, _ in self.rewards.values()) else []
+        lacking += ["--prompts"] if settings.prompts is None else []
         if lacking:
-            flags = ", ".join(f"--{name}" for name in lacking)
-            raise ValueError(f"{flags}: name your own; the sandbox's models and prompts need no preflight")
+            raise ValueError(
+                f"{', '.join(lacking)}: name your own; the sandbox's models and prompts need no preflight"
+            )
         self.settings = settings
+        self.has_critic = hasattr(settings, "critic_lr") if critic is None else critic
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(self.settings.policy)
 
     @cached_property
-    def reward_tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self.settings.reward)
+    def reward_models(self) -> dict[str, str]:
+        """{name of a reward that is a model: its folder or Hub id}."""
+        return {name: each.target for name, (each, _) in self.rewards.items() if _kind(each) == "model"}
+
+    @cached_property
+    def reward_tokenizers(self) -> dict[str, PreTrainedTokenizerBase]:
+        """The tokenizer of each reward that is a model."""
+        return {name: load_tokenizer(place) for name, place in self.reward_models.items()}
 
     @cached_property
     def prompts(self) -> Prompts:
-        """All of the file, the held-out ones first."""
+        """All usable ones of the file."""
         settings = self.settings
         assert settings.prompts is not None
         return load_prompts(
@@ -59,16 +73,67 @@ class Subject:
         )
 
     @cached_property
-    def task(self) -> Task:
-        """The run's cast, whose rollouts have ``ROWS`` rows."""
-        settings = dataclasses.replace(self.settings, rollout_size=ROWS)
-        with contextlib.redirect_stdout(io.StringIO()):  # standard output is the report's
-            engine = LocalEngine(EngineSettings(device=settings.device))
-            task = load_task(settings, engine, policy=settings.policy, reward=settings.reward)
-        engine.place(task.policy, task.critic)
-        return task
+    def split(self) -> tuple[Prompts, Prompts]:
+        """(training, held-out), no prompt in both."""
+        return split_rows(self.prompts, self.settings.held_out)
+
+    @cached_property
+    def engine(self) -> Engine:
+        return LocalEngine(EngineSettings(device=self.settings.device))
+
+    @cached_property
+    def models(self) -> Models:
+        """Policy, critic and rewards, where the engine puts them. The reference is the policy's weights."""
+        settings = dataclasses.replace(self.settings, rollout_size=ROWS, samples=1)
+        models = load_models(
+            settings,
+            self.engine,
+            self.tokenizer,
+            settings.policy,
+            self.rewards,
+            critic=self.has_critic,
+            reference=False,
+        )
+        placed = (models.policy, models.critic, models.rewards)
+        self.engine.place(*[each for each in placed if each is not None])
+        return models
+
+    @property
+    def trained(self) -> dict[str, Any]:
+        """``policy``, and ``critic`` where the run has one."""
+        both = {"policy": self.models.policy, "critic": self.models.critic}
+        return {name: module for name, module in both.items() if module is not None}
+
+    @cached_property
+    def sampling(self) -> Sampling:
+        on = self.settings
+        return Sampling(on.max_new_tokens, on.top_p, on.top_k, on.repetition_penalty, stop=on.stop)
+
+    @cached_property
+    def end_ids(self) -> tuple[int, ...]:
+        """What ends a response."""
+        return end_ids(self.tokenizer, getattr(self.models.policy.model, "generation_config", None))
 
     @cached_property
     def batch(self) -> TensorDictBase:
-        """A rollout as the run samples it."""
-        return self.task.rollout(1)
+        """One response to each of ``ROWS`` prompts that are trained on, as the run's first step samples."""
+        prompts, seed = self.split[0], self.settings.seed
+        rows = prompts.batch(0, ROWS, seed)
+        starts = pad_prompts([prompts[row] for row in rows], self.end_ids[0])
+        starts["messages"] = NonTensorStack(*[prompts.messages[row] for row in rows])
+        for name in dict.fromkeys(name for row in rows for name in prompts.columns[row]):
+            starts[name] = NonTensorStack(*[prompts.columns[row].get(name) for row in rows])
+        policy = self.models.policy
+        with self.engine.generating(policy):
+            return rollout(
+                policy,
+                starts.to(self.engine.device),
+                self.sampling,
+                end_ids=self.end_ids,
+                seeds=[row_seed(seed, 1, row) for row in range(len(rows))],
+                tokenizer=self.tokenizer,
+            )
+
+
+def _kind(source: Any) -> str:
+    return getattr(source, "kind", "function")

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from ppo_kit.data import end_of_turn_id
+from ppo_kit.data import count_prompts
 from ppo_kit.doctor.finding import Level
-from ppo_kit.doctor.subject import ROWS, Subject
-from ppo_kit.models.vocabulary import check_same_vocabulary
+from ppo_kit.doctor.subject import Subject
 
 
 def tokens(subject: Subject) -> tuple[Level, str, str]:
-    """A response ends with one known token that the model was trained to write; the model has all rows."""
-    tokenizer, model = subject.tokenizer, subject.task.policy.model  # loading counts the rows
-    end = end_of_turn_id(tokenizer)
-    found = f"a response ends with {tokenizer.convert_ids_to_tokens(end)!r} (id {end})"
-    if tokenizer.pad_token_id == end:
-        found += "; pad is the same token, which is fine: masks are carried, not derived"
-    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ends = configured if isinstance(configured, list) else [configured]
-    if configured is not None and end not in ends:
+    """What ends a response is known, and the model was trained to write it; it has a row for each token."""
+    tokenizer, ends = subject.tokenizer, subject.end_ids  # loading the models counts the rows
+    names = [f"{tokenizer.convert_ids_to_tokens(end)!r} (id {end})" for end in ends]
+    found = f"a response ends with {' or '.join(names)}"
+    if tokenizer.pad_token_id in ends:
+        found += "; pad is one of them, which is fine: masks are carried, not derived"
+    config = getattr(subject.models.policy.model, "generation_config", None)
+    configured = getattr(config, "eos_token_id", None)
+    known = configured if isinstance(configured, list) else [configured]
+    if configured is not None and ends[0] not in known:
         return (
             "warn",
-            f"{found}, but the model's generation_config ends at {ends}",
+            f"{found}, but the model's generation_config ends at {known}, not at what the template writes",
             "if it was trained to end with those, set tokenizer.chat_template to the one of its training",
         )
     return "pass", found, ""
@@ -59,42 +59,37 @@ def chat_template(subject: Subject) -> tuple[Level, str, str]:
 
 
 def prompts(subject: Subject) -> tuple[Level, str, str]:
-    """They load, and enough are left after the held-out ones."""
-    settings, count = subject.settings, len(subject.prompts)
-    found = f"{subject.prompts.report}"
-    if count <= settings.held_out:
+    """They load, none is both trained on and held out, and enough are left to train on."""
+    settings, found = subject.settings, f"{subject.prompts.report}"
+    try:
+        training, held_out = subject.split
+    except ValueError as error:
+        return "fail", str(error), "more prompts, or a smaller --held-out"
+    shared = {tuple(ids) for ids in training} & {tuple(ids) for ids in held_out}
+    if shared:
+        text = subject.tokenizer.decode(next(iter(shared)))
         return (
             "fail",
-            f"{count} usable prompts, of which --held-out keeps {settings.held_out}",
-            "more prompts, or a smaller --held-out",
+            f"{len(shared)} prompts are trained on and held out, the first {text!r}",
+            "split by prompt: ppo_kit.data.split_rows",
         )
     if subject.prompts.report is not None and subject.prompts.report.skipped:
         return (
             "warn",
             found,
-            "python -m ppo_kit.data check FILE lists what is wrong; --prompt-tokens admits longer",
+            "ppo-kit data check FILE lists what is wrong; --prompt-tokens admits longer",
         )
-    left, longest = count - settings.held_out, max(map(len, subject.prompts.ids[:ROWS]))
-    if left < settings.rollout_size:
+    left, needed = count_prompts(training), settings.rollout_size // settings.samples
+    if left < needed:
         return (
             "warn",
-            f"{left} prompts to train on, fewer than --rollout-size {settings.rollout_size}: each comes more "
-            "than once a step",
+            f"{left} prompts to train on, fewer than the {needed} of a step: they come more than once in it",
             "more prompts, or a smaller --rollout-size",
         )
-    return "pass", f"{found}; {left} to train on; the first {ROWS} have up to {longest} tokens", ""
-
-
-def reward_tokenizer(subject: Subject) -> tuple[Level, str, str]:
-    """The reward model reads the policy's token ids as the same tokens, or text that is encoded again."""
-    names = (subject.settings.policy, subject.settings.reward)
-    try:
-        check_same_vocabulary(subject.tokenizer, subject.reward_tokenizer, names=names)
-    except ValueError as error:
-        _ = subject.task  # fails where the run would refuse
-        return (
-            "warn",
-            f"{error}; the critic then starts from the policy, not from the reward model",
-            "a reward model on the policy's backbone (recipes/reward_model.py --base ...) needs neither",
-        )
-    return "pass", f"the policy's, {len(subject.tokenizer)} tokens", ""
+    longest = max(map(len, subject.prompts.ids))
+    rows = f" in {len(training)} rows" if len(training) > left else ""
+    return (
+        "pass",
+        f"{found}; {left} to train on{rows}, {count_prompts(held_out)} held out; up to {longest} tokens",
+        "",
+    )

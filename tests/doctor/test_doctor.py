@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -16,10 +17,27 @@ from ppo_kit.doctor import CHECKS, Subject, examine, model_checks
 from ppo_kit.doctor.__main__ import main
 from ppo_kit.memory import MemoryEstimate
 from ppo_kit.models import Critic, Policy, RewardModel, save_model
-from ppo_kit.sampling import Sampling
+from ppo_kit.rewards import Rewards
 from ppo_kit.sandbox import sandbox_config, sandbox_tokenizer
 from ppo_kit.sandbox.world import PROMPT_OF
-from ppo_kit.training import PPOSettings
+from ppo_kit.training.settings import PPOSettings, RLSettings
+
+FUNCTIONS = """
+def ids(prompts, responses, batch):
+    return batch["response_ids"][:, 0].float()
+
+def zero(prompts, responses):
+    return [0.0] * len(responses)
+
+def unsure(prompts, responses, *, answer):
+    return [None if i % 2 else float(i) for i in range(len(answer))]
+
+def silent(prompts, responses):
+    return [None] * len(responses)
+
+def raises(prompts, responses, *, target):
+    pass
+"""
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +55,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config.num_labels = 1
     save_model(AutoModelForSequenceClassification.from_config(config), tokenizer, folder / "reward")
     texts = list(PROMPT_OF)[:30]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    rows = [{"prompt": text, "answer": "sure"} for text in texts]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "my_rewards.py").write_text(FUNCTIONS)
     return folder
 
 
@@ -45,7 +65,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sound(folder: Path) -> Subject:
     settings = PPOSettings(
         policy=str(folder / "policy"),
-        reward=str(folder / "reward"),
+        reward=(f"rm={folder}/reward",),
         prompts=folder / "prompts.jsonl",
         max_new_tokens=64,
         prompt_tokens=64,
@@ -65,12 +85,8 @@ def planted(sound: Subject):
 
     def plant(**changes: object) -> Subject:
         subject = Subject(dataclasses.replace(sound.settings, **changes))
-        for part in ("tokenizer", "reward_tokenizer", "prompts", "task"):
+        for part in ("tokenizer", "reward_tokenizers", "prompts", "models"):
             setattr(subject, part, copy.deepcopy(getattr(sound, part)))
-        settings = subject.settings
-        subject.task.sampling = Sampling(
-            settings.max_new_tokens, settings.top_p, settings.top_k, settings.repetition_penalty
-        )
         return subject
 
     return plant
@@ -87,10 +103,65 @@ def test_a_sound_cast_passes_everything(sound):
     assert {each.check: each.found for each in found if each.level != "pass"} == {}
 
 
+def odd(subject: Subject) -> dict[str, str]:
+    """The checks that do not pass."""
+    return {each.check: each.level for each in examine(subject) if each.level != "pass"}
+
+
 @pytest.mark.parametrize("changes", [{"lora_rank": 2}, {"bf16": True}], ids=str)
 def test_adapters_and_bfloat16_pass(sound, changes):
-    found = examine(Subject(dataclasses.replace(sound.settings, **changes)))
-    assert {each.check: each.found for each in found if each.level != "pass"} == {}
+    assert odd(Subject(dataclasses.replace(sound.settings, **changes))) == {}
+
+
+def test_a_recipe_without_a_critic(sound):
+    shared = {each.name: getattr(sound.settings, each.name) for each in dataclasses.fields(RLSettings)}
+    subject = Subject(RLSettings(**shared))
+    assert odd(subject) == {}
+    assert subject.models.critic is None
+    assert "values" not in finding(subject, "padding").found
+    assert Subject(sound.settings, critic=False).has_critic is False
+
+
+def test_rewards_that_are_functions(sound, folder):
+    """What needs a reward model is left out, and says so."""
+    subject = Subject(dataclasses.replace(sound.settings, reward=(f"{folder}/my_rewards.py:ids",)))
+    found = {each.check: each for each in examine(subject)}
+    assert {name: each.found for name, each in found.items() if each.level != "pass"} == {}
+    assert found.keys() == CHECKS.keys()
+    assert "left out: no reward is a model" in found["reward tokenizer"].found
+    assert "ids: 8 responses score" in found["rewards"].found
+    assert "scores" not in found["padding"].found
+
+
+def test_several_rewards(sound, folder):
+    rewards = (f"rm={folder}/reward", f"other={folder}/reward@2", f"{folder}/my_rewards.py:unsure@-0.5")
+    subject = Subject(dataclasses.replace(sound.settings, reward=rewards))
+    assert odd(subject) == {}
+    said = finding(subject, "rewards").found
+    assert all(name in said for name in ("rm: 8 responses", "other: 8", "unsure: 4 responses"))
+    assert "abstains on 4" in said
+    assert "of 2 reward models" in finding(subject, "memory").found
+    assert "scores of other" in finding(subject, "padding").found
+
+
+@pytest.mark.parametrize(
+    ("function", "level", "says"),
+    [
+        ("zero", "warn", "zero: all 8 responses score 0"),
+        ("silent", "warn", "silent abstains on all 8"),
+        ("raises", "fail", "needs the column 'target'"),
+    ],
+)
+def test_functions_that_teach_nothing(sound, folder, function, level, says):
+    subject = Subject(dataclasses.replace(sound.settings, reward=(f"{folder}/my_rewards.py:{function}",)))
+    found = finding(subject, "rewards")
+    assert (found.level, says in found.found) == (level, True)
+
+
+def test_a_reward_that_is_not_there_is_said(sound):
+    subject = Subject(dataclasses.replace(sound.settings, reward=("nowhere.py:f",)))
+    failed = [each for each in examine(subject) if each.level == "fail"]
+    assert len([each for each in failed if "nowhere.py" in each.found]) == 1
 
 
 def test_a_reward_model_of_another_tokenizer_is_read_in_text(sound, folder, tmp_path):
@@ -99,14 +170,28 @@ def test_a_reward_model_of_another_tokenizer_is_read_in_text(sound, folder, tmp_
     words = swapped["model"]["vocab"]
     words["tea"], words["water"] = words["water"], words["tea"]
     (tmp_path / "reward/tokenizer.json").write_text(json.dumps(swapped))
-    found = examine(Subject(dataclasses.replace(sound.settings, reward=str(tmp_path / "reward"))))
-    odd = {each.check: each.level for each in found if each.level != "pass"}
-    assert odd == {"reward tokenizer": "warn"}
+    subject = Subject(dataclasses.replace(sound.settings, reward=(str(tmp_path / "reward"),)))
+    assert odd(subject) == {"reward tokenizer": "warn"}
+    found = finding(subject, "reward tokenizer").found
+    assert "another vocabulary" in found
+    assert "the critic then starts from the policy" in found
+
+
+def test_a_reward_model_of_another_template_is_read_in_text(sound, folder, tmp_path):
+    shutil.copytree(folder / "reward", tmp_path / "reward")
+    tokenizer = copy.deepcopy(sound.tokenizer)
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{{ message['content'] }}", ". {{ message['content'] }}"
+    )
+    tokenizer.save_pretrained(tmp_path / "reward")
+    subject = Subject(dataclasses.replace(sound.settings, reward=(str(tmp_path / "reward"),)))
+    assert odd(subject) == {"reward tokenizer": "warn"}
+    assert "chat templates write other tokens" in finding(subject, "reward tokenizer").found
 
 
 def test_end_token_that_the_model_does_not_write(planted):
     subject = planted()
-    subject.task.policy.model.generation_config.eos_token_id = [5]
+    subject.models.policy.model.generation_config.eos_token_id = [5]
     found = finding(subject, "pad and end tokens")
     assert found.level == "warn"
     assert "ends at [5]" in found.found
@@ -118,8 +203,9 @@ def test_more_tokens_than_embedding_rows(sound, folder, tmp_path, part):
     tokenizer = copy.deepcopy(sound.tokenizer)
     tokenizer.add_tokens([f"new{index}" for index in range(200)])
     tokenizer.save_pretrained(tmp_path / part)
-    subject = Subject(dataclasses.replace(sound.settings, **{part: str(tmp_path / part)}))
-    found = finding(subject, "pad and end tokens")
+    place = str(tmp_path / part)
+    named = {"policy": place} if part == "policy" else {"reward": (place,)}
+    found = finding(Subject(dataclasses.replace(sound.settings, **named)), "pad and end tokens")
     assert found.level == "fail"
     assert "embedding rows" in found.found
 
@@ -156,9 +242,30 @@ def test_too_few_prompts(planted, changes, level):
     assert finding(planted(**changes), "prompts").level == level
 
 
+def test_prompts_on_both_sides(planted):
+    """The run's own split keeps rows of one prompt together; one of a user's own may not."""
+    subject = planted()
+    assert "8 held out" in finding(subject, "prompts").found
+    subject.split = subject.prompts[8:], subject.prompts[:9]
+    found = finding(subject, "prompts")
+    assert (found.level, "1 prompts are trained on and held out" in found.found) == ("fail", True)
+
+
+def test_repeated_prompts_count_once(planted, tmp_path):
+    texts = list(PROMPT_OF)[:10] * 4
+    (tmp_path / "twice.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    subject = planted(prompts=tmp_path / "twice.jsonl", held_out=8, rollout_size=8)
+    del subject.prompts
+    assert "8 to train on in 32 rows, 2 held out" in finding(subject, "prompts").found
+    subject.settings = dataclasses.replace(subject.settings, rollout_size=16)
+    assert finding(subject, "prompts").level == "warn"  # 8 prompts, 16 a step
+    subject.settings = dataclasses.replace(subject.settings, rollout_size=16, samples=2)
+    assert finding(subject, "prompts").level == "pass"
+
+
 def test_bad_rows(planted, tmp_path):
     bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"prompt": "how do i make tea ?"}\n{oops\n' * 20)
+    bad.write_text("".join(json.dumps({"prompt": text}) + "\n{oops\n" for text in list(PROMPT_OF)[:20]))
     subject = planted(prompts=bad)
     del subject.prompts
     found = finding(subject, "prompts")
@@ -167,14 +274,6 @@ def test_bad_rows(planted, tmp_path):
     del subject.prompts
     found = finding(subject, "prompts")
     assert (found.level, "skipped 20 of 40" in found.found) == ("warn", True)
-
-
-def test_reward_model_with_other_tokens(planted):
-    subject = planted()
-    subject.reward_tokenizer.add_tokens(["unheard"])
-    found = finding(subject, "reward tokenizer")
-    assert found.level == "warn"
-    assert "another vocabulary" in found.found
 
 
 def test_too_little_memory(planted, monkeypatch):
@@ -193,7 +292,7 @@ def test_a_step_that_rounds_away(planted):
     """What the check foretells is what AdamW does."""
     subject = planted(lr=5e-7)
     assert finding(subject, "weights and learning rate").level == "pass"
-    model = subject.task.policy.model.bfloat16()
+    model = subject.models.policy.model.bfloat16()
     found = finding(subject, "weights and learning rate")
     assert found.level == "fail"
     assert "bfloat16" in found.found
@@ -214,18 +313,45 @@ def test_responses_that_do_not_end(planted):
     assert "reach 1 tokens without ending" in found.found
 
 
-def test_more_tokens_than_positions(planted):
+@pytest.mark.parametrize("part", ["policy", "critic", "reward rm"])
+def test_more_tokens_than_positions(planted, part):
+    """A warning where positions are computed (rotary), a fault where they are a table."""
     subject = planted()
-    subject.task.policy.model.config.max_position_embeddings = 65
-    found = finding(subject, "response length")
+    assert finding(subject, "positions").level == "pass"
+    modules = {**subject.trained, "reward rm": subject.models.rewards.components["rm"]}
+    modules[part].model.config.max_position_embeddings = 65
+    found = finding(subject, "positions")
+    assert found.level == "warn"
+    assert f"{part} was made for 65" in found.found
+    assert found.fix.startswith("--prompt-tokens 1,")
+    config = AutoConfig.for_model(
+        "gpt2", n_embd=16, n_layer=1, n_head=2, n_positions=65, vocab_size=len(subject.tokenizer)
+    )
+    config.num_labels = 1
+    kind = AutoModelForCausalLM if part == "policy" else AutoModelForSequenceClassification
+    modules[part].model = kind.from_config(config)
+    assert finding(subject, "positions").level == "fail"
+
+
+@pytest.mark.parametrize("part", ["policy", "critic", "rm"])
+def test_a_model_that_looks_ahead(planted, part):
+    subject = planted()
+    modules = {**subject.trained, "rm": subject.models.rewards.components["rm"]}
+
+    def peek(module, args, output):
+        return output + output.mean(1, keepdim=True)
+
+    modules[part].model.base_model.embed_tokens.register_forward_hook(peek)
+    found = finding(subject, "forward passes")
     assert found.level == "fail"
-    assert "65 positions" in found.found
+    assert f"{part}: " in found.found
+    assert "look" in found.found
 
 
 @pytest.mark.parametrize("part", ["policy", "critic"])
 def test_dropout_that_no_module_knows_of(planted, part):
     subject = planted()
-    layer = getattr(subject.task, part).model.model.layers[0]
+    layer = getattr(subject.models, part).model.model.layers[0]
     layer.register_forward_hook(
         lambda module, inputs, output: torch.nn.functional.dropout(output, 0.1, module.training)
     )
@@ -241,7 +367,7 @@ def test_sampling_and_scoring_that_differ(planted):
         if kwargs["use_cache"]:
             out.logits.mul_(0.9)
 
-    subject.task.policy.model.register_forward_hook(colder, with_kwargs=True)
+    subject.models.policy.model.register_forward_hook(colder, with_kwargs=True)
     found = finding(subject, "ratio at step one")
     assert found.level == "fail"
     assert "first optimizer step is not 1" in found.found
@@ -258,16 +384,23 @@ def test_padding_that_is_read(planted, part, key):
     subject = planted()
     torch.manual_seed(0)
     config = AutoConfig.for_model(
-        "gpt2", n_embd=16, n_layer=2, n_head=2, vocab_size=len(subject.tokenizer), initializer_range=0.5
+        "gpt2",
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        vocab_size=len(subject.tokenizer),
+        initializer_range=0.5,
+        eos_token_id=subject.tokenizer.eos_token_id,
     )
     config.num_labels = 1
-    subject.task.policy = Policy(AutoModelForCausalLM.from_config(config))
+    subject.models.policy = Policy(AutoModelForCausalLM.from_config(config))
     scalar = AutoModelForSequenceClassification.from_config(config)
-    subject.task.critic, subject.task.rewards = Critic(scalar), [RewardModel(scalar)]
+    subject.models.critic = Critic(scalar)
+    subject.models.rewards = Rewards({"rm": RewardModel(scalar)})
     rows = subject.batch  # sampled before anything is ignored
     assert finding(subject, "padding").level == "pass"
     subject.batch = rows
-    getattr(subject.task, part).model.base_model.register_forward_pre_hook(
+    getattr(subject.models, part).model.base_model.register_forward_pre_hook(
         lambda module, args, kwargs: (args, {**kwargs, key: blind(kwargs[key])}), with_kwargs=True
     )
     found = finding(subject, "padding")
@@ -276,27 +409,27 @@ def test_padding_that_is_read(planted, part, key):
 
 
 @pytest.mark.parametrize(
-    ("value", "says"), [(0.0, "no trained head"), (float("nan"), "not finite")], ids=["new", "NaN"]
+    ("value", "says"), [(0.0, "not trained"), (float("nan"), "not finite")], ids=["new", "NaN"]
 )
 def test_reward_heads_that_rank_nothing(planted, value, says):
     subject = planted()
-    subject.task.rewards[0].model.score.weight.data.fill_(value)
-    found = finding(subject, "reward head")
+    subject.models.rewards.components["rm"].model.score.weight.data.fill_(value)
+    found = finding(subject, "rewards")
     assert found.level == "fail"
     assert says in found.found
 
 
 def test_a_reward_model_that_scores_all_the_same(planted):
     subject = planted()
-    subject.task.rewards[0].model.model.embed_tokens.weight.data[:] = 1.0
-    found = finding(subject, "reward head")
+    subject.models.rewards.components["rm"].model.model.embed_tokens.weight.data[:] = 1.0
+    found = finding(subject, "rewards")
     assert found.level == "fail"
     assert "all 8 responses score" in found.found
 
 
 def test_a_part_that_does_not_load_is_said_once(planted, tmp_path):
     subject = planted(policy=str(tmp_path / "nowhere"))
-    del subject.task
+    del subject.models
     found = [each for each in examine(subject) if "nowhere" in each.found and each.level == "fail"]
     assert len(found) >= 1
     assert len({each.found for each in found}) == len(found)
@@ -320,3 +453,17 @@ def test_the_command(folder, capsys):
     assert failed["fix"]
     assert main(["--policy", "sandbox"]) == 2
     assert "--policy, --reward, --prompts: name your own" in capsys.readouterr().err
+
+
+def test_the_pages_example_runs(sound, planted, capsys):
+    page = Path(__file__).parents[2] / "docs" / "doctor.md"
+    text = page.read_text()
+    assert [name for name in CHECKS if f"| {name} |" not in text] == []
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names = {
+        "settings": sound.settings,
+        "my_models": planted().models,
+        "my_check": lambda subject: ("warn", f"{len(subject.prompts)} prompts", "none"),
+    }
+    exec(compile(block, page.name, "exec"), names)
+    assert "warn mine 30 prompts none" in capsys.readouterr().out
