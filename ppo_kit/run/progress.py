@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from datetime import timedelta
-from pathlib import Path
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -99,11 +97,6 @@ class Progress:
             self._live = None
         self._flush()
 
-    def show_end(self, table: Table, lines: Iterable[str]) -> None:
-        self.console.print(table)
-        for line in lines:
-            self.console.print(line, markup=False)
-
     def _flush(self) -> None:
         if self._waiting is not None:
             self.console.print(self._waiting, markup=False)
@@ -145,40 +138,3 @@ def _width(form: str) -> int:
 
 def _clock(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
-
-
-def before_and_after(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
-    """The table of averages on held-out data, before training and after it, with the change."""
-    table = Table(title="Held-out data, before and after training", title_justify="left")
-    table.add_column("mean")
-    for title in ("before", "after", "change"):
-        table.add_column(title, justify="right")
-    known = [name for name in METRICS if name in before or name in after]
-    others = [name for name in {**before, **after} if name not in METRICS]
-    for name in known + others:
-        old, new = before.get(name, float("nan")), after.get(name, float("nan"))
-        style = "bold" if name == "gold_score" else None
-        # Adding 0.0 turns the -0.0 of a rounded KL into 0.
-        cells = (f"{round(old, 3) + 0.0:.3f}", f"{new:.3f}", f"{new - old:+.3f}")
-        table.add_row(escape(name), *cells, style=style)
-    return table
-
-
-_FILES = {
-    "dashboard.png": "the run at a glance",
-    "report.html": "the same with samples, as one page to send",
-    "summary.json": "the table above",
-    "metrics.jsonl": "every metric of every step",
-    "samples.jsonl": "sampled responses and all scores",
-    "config.json": "settings, versions, seed",
-    "policy": "the trained policy, for transformers' from_pretrained",
-    "checkpoints": "to continue from, with --resume",
-}
-
-
-def files_written(folder: Path) -> Iterable[str]:
-    """A line per file of the run, for those that are there."""
-    yield f"Written to {folder}/"
-    for name, what in _FILES.items():
-        if (folder / name).exists():
-            yield f"  {name:<15} {what}"

@@ -19,12 +19,13 @@ from ppo_kit.monitor.loggers import check_loggers
 from ppo_kit.report.dashboard import draw_dashboard
 from ppo_kit.report.page import write_report
 from ppo_kit.run import checkpoint
+from ppo_kit.run.ending import show_ending
 from ppo_kit.run.faults import Clearable, Faults
 from ppo_kit.run.fingerprints import Inputs
 from ppo_kit.run.folder import Settings, open_folder
 from ppo_kit.run.journal import Journal
 from ppo_kit.run.owner import release
-from ppo_kit.run.progress import Progress, before_and_after, files_written
+from ppo_kit.run.progress import Progress
 from ppo_kit.run.randomness import Randomness
 from ppo_kit.run.records import scalars, write_json
 from ppo_kit.run.signals import StopOnSignal
@@ -161,9 +162,7 @@ class Run:
 
     def steps(self) -> Iterator[int]:
         """The steps still to do, from 1 or the checkpoint's next, up to ``settings.steps``; ends after the
-        current step when a signal came.
-
-        Raises ``RuntimeError`` when the run is to resume and ``load_checkpoint`` was not called.
+        current step when a signal came. Raises ``RuntimeError`` when the run is to resume and ``load_checkpoint`` was not called.
         """
         if self.settings.resume and self._restored is None:
             raise RuntimeError("resume is set: call load_checkpoint() and restore its state before steps()")
@@ -230,12 +229,8 @@ class Run:
         With ``best``, ``checkpoints/best`` names it, and it is kept beside the newest until a better one is
         saved. Raises as ``checkpoint.save_checkpoint``; the last whole checkpoint stays loadable.
         """
-        own = {
-            **self._randomness.state(),
-            "seconds": self._seconds(),
-            "faults": self._faults.count,
-            "rows": self._journal.counts(),
-        }
+        counts = {"faults": self._faults.count, "rows": self._journal.counts()}
+        own = {**self._randomness.state(), "seconds": self._seconds(), **counts}
         content = {"state": dict(state), "run": own}
         folder = self.folder / "checkpoints"
         ranks.from_main(lambda: checkpoint.save_checkpoint(folder, step, content, keep=self.keep, best=best))
@@ -245,8 +240,7 @@ class Run:
 
         metrics.jsonl and samples.jsonl lose what they hold after that step, and ``steps`` goes on from the
         next one with the generators as they were: the resumed run equals the uninterrupted one. Raises
-        ``CheckpointError``, a ``ValueError``, where the checkpoint is damaged or not a run's, and
-        ``ValueError`` where the files lack rows that were written before it.
+        ``ValueError`` where the checkpoint is damaged or not a run's, or the files lack rows before it.
         """
         if not self.settings.resume:
             return None
@@ -285,7 +279,7 @@ class Run:
     def finish(self, before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, Any]:
         """Write summary.json, dashboard.png and report.html; print and return the summary.
 
-        ``before`` and ``after`` are averages on held-out prompts of the SFT and the trained policy.
+        ``before`` and ``after`` are averages on held-out data, before training and after it.
         """
         self._progress.stop()
         summary = {
@@ -296,13 +290,10 @@ class Run:
             "interrupted": self.interrupted,
             "seconds": round(self._seconds(), 1),
         }
-        if not ranks.is_main():
-            return summary
-        write_json(self.folder / "summary.json", summary)
-        draw_dashboard(self.folder)
-        write_report(self.folder)
-        self._progress.show_end(before_and_after(before, after), files_written(self.folder))
+        if ranks.is_main():
+            write_json(self.folder / "summary.json", summary)
+            show_ending(self.folder, summary, self._progress, pictures=(draw_dashboard, write_report))
         if self.interrupted:
-            reached = f"Interrupted after step {self._last} of {self.settings.steps}"
-            self._progress.note(f"{reached}; {self._how_to_go_on()}")
+            where = f"step {self._last} of {self.settings.steps}"
+            self._progress.note(f"Interrupted after {where}; {self._how_to_go_on()}")
         return summary

@@ -5,7 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from ppo_kit.run.progress import Progress, before_and_after, files_written
+from ppo_kit.run.ending import before_and_after, files_written
+from ppo_kit.run.progress import Progress
 
 
 def show(steps, *, terminal, logged=None):

@@ -449,3 +449,14 @@ def test_names_that_the_file_system_does_not_take_are_refused_by_name(toy, resum
     with pytest.raises(ValueError, match="too long"):
         Run(toy.ToySettings(out=Path(*["deep" * 50] * 30), resume=resume), name="toy")
     assert not list(Path().rglob("config.json"))
+
+
+def test_a_picture_that_cannot_be_drawn_ends_no_run(toy, monkeypatch, capsys):
+    def draw_dashboard(folder):
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr("ppo_kit.run.run.draw_dashboard", draw_dashboard)
+    run = toy.train(toy.ToySettings(steps=1))
+    assert run.exit_code == 0
+    assert (run.folder / "report.html").exists()
+    assert "draw_dashboard: nothing drawn (RuntimeError: no fonts)" in capsys.readouterr().out
