@@ -162,7 +162,7 @@ class Run:
 
     def steps(self) -> Iterator[int]:
         """The steps still to do, from 1 or the checkpoint's next, up to ``settings.steps``; ends after the
-        current step when a signal came. Raises ``RuntimeError`` when the run is to resume and ``load_checkpoint`` was not called.
+        current step when a signal came. Raises ``RuntimeError`` where ``load_checkpoint`` was to be called.
         """
         if self.settings.resume and self._restored is None:
             raise RuntimeError("resume is set: call load_checkpoint() and restore its state before steps()")
