@@ -25,6 +25,8 @@ GIVEN: dict[str, Any] = {
 """What an argument without a default gets, by its name; [B,T] where it is not listed."""
 
 MAY_BE_INFINITE = {"clip_high", "log_clip_low", "log_clip_high", "dual_clip", "clip"}
+MUST_BE_ABOVE_ZERO = {"alpha", "buffer", "cap", "chunk_size", "delta", "dual_clip", "fraction", "length",
+                      "max_length", "num_sequences", "num_tokens", "temperature"}  # fmt: skip
 FUNCTIONS = [getattr(functional, name) for name in functional.__all__]
 FUNCTIONS = [fn for fn in FUNCTIONS if inspect.isfunction(fn)]
 
@@ -59,11 +61,14 @@ def test_what_is_no_number_in_its_range_is_refused_by_name(fn: Callable, name: s
     bad += [] if "None" in annotation else [None]
     bad += [] if "Tensor" in annotation else [torch.tensor(0.5)]
     bad += [] if name in MAY_BE_INFINITE else [math.inf]
+    bad += [0.0] if name in MUST_BE_ABOVE_ZERO else []
     for value in bad:
         with pytest.raises(ValueError, match=rf"^{name}: got "):
             call(fn, **{name: value})
     if name in MAY_BE_INFINITE:
         call(fn, **{name: math.inf})
+    if name not in MUST_BE_ABOVE_ZERO:
+        call(fn, **{name: 0})
 
 
 TENSORS = [
