@@ -60,7 +60,8 @@ def to_torchrl(batch: TensorDictBase) -> TensorDict:
     """The batch with TorchRL's keys: what its wrappers score (``generate=False``) and its losses read.
 
     Args:
-        batch: [B] with prompt_ids, prompt_mask, response_ids, response_mask; old_log_probs if there.
+        batch: [B] with prompt_ids, prompt_mask, response_ids, response_mask; action_mask, old_log_probs if
+            there.
     Returns:
         ("tokens", "prompt" | "response" | "full"), ("masks", "all_attention_mask" | "all_assistant_mask") and
         ("log_probs", "response"). Every other key stays as it is.
@@ -75,12 +76,13 @@ def to_torchrl(batch: TensorDictBase) -> TensorDict:
     """
     names = ("prompt_ids", "prompt_mask", "response_ids", "response_mask")
     prompt, prompt_mask, response, response_mask = (require(batch, key, "to_torchrl") for key in names)
+    actions = require(batch, "action_mask", "to_torchrl")
     values: dict[tuple[str, str], Tensor] = {
         ("tokens", "prompt"): prompt,
         ("tokens", "response"): response,
         ("tokens", "full"): torch.cat([prompt, response], 1),
         ("masks", "all_attention_mask"): torch.cat([prompt_mask, response_mask], 1),
-        ("masks", "all_assistant_mask"): torch.cat([torch.zeros_like(prompt_mask), response_mask], 1),
+        ("masks", "all_assistant_mask"): torch.cat([torch.zeros_like(prompt_mask), actions], 1),
     }
     if "old_log_probs" in batch:
         values["log_probs", "response"] = batch["old_log_probs"]

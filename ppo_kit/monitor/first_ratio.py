@@ -5,21 +5,23 @@ from __future__ import annotations
 import torch
 from tensordict import TensorDictBase
 
+from ppo_kit.batch import present_key
+
 
 def check_first_ratio(minibatch: TensorDictBase, *, tolerance: float = 1e-2) -> float:
-    """max |log π − log π_old| over valid tokens, or an error where it exceeds ``tolerance``.
+    """max |log π − log π_old| over the actions, or an error where it exceeds ``tolerance``.
 
     Before the first optimizer step of an update the two are one policy, and the ratio is 1 up to rounding.
     Where it is not, sampling and scoring differ: a mask, position ids, dropout, temperature or precision.
 
     Args:
-        minibatch: log_probs, old_log_probs, response_mask, response_ids [B,T].
+        minibatch: log_probs, old_log_probs, response_ids, action_mask (or response_mask) [B,T].
         tolerance: in nats. Float32 stays below 1e-3; bfloat16 compute needs more.
 
     Raises:
-        ValueError: a valid token differs by more, or is not finite; the text names the first.
+        ValueError: an action differs by more, or is not finite; the text names the first.
     """
-    mask = minibatch["response_mask"]
+    mask = minibatch[present_key(minibatch, "action_mask")]
     log_probs, old = minibatch["log_probs"].detach(), minibatch["old_log_probs"]
     drift = torch.where(mask, log_probs - old, 0.0).abs()
     # A NaN fails every comparison, so ask what is within, not what is outside.

@@ -230,3 +230,19 @@ def test_what_is_missing_is_named():
     empty["masks", "all_attention_mask"] = torch.tensor([[False, False, True]])
     with pytest.raises(ValueError, match="prompt_mask: row 0 is empty"):
         from_torchrl(empty, eos_token_id=EOS)
+
+
+def test_the_assistant_mask_is_that_of_actions():
+    ours = TensorDict(
+        {
+            "prompt_ids": torch.tensor([[5]]),
+            "prompt_mask": torch.tensor([[True]]),
+            "response_ids": torch.tensor([[7, 8, 2]]),
+            "response_mask": torch.tensor([[True, True, True]]),
+            "action_mask": torch.tensor([[True, False, True]]),
+        },
+        [1],
+    )
+    theirs = to_torchrl(ours)
+    assert theirs["masks", "all_attention_mask"].tolist() == [[True] * 4]
+    assert theirs["masks", "all_assistant_mask"].tolist() == [[False, True, False, True]]

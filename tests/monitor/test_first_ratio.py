@@ -1,0 +1,33 @@
+"""The ratio before the first optimizer step: of the actions alone."""
+
+import math
+
+import pytest
+import torch
+from tensordict import TensorDict
+
+from ppo_kit.monitor import check_first_ratio
+
+
+def minibatch(old: list[float]) -> TensorDict:
+    return TensorDict(
+        {
+            "log_probs": torch.tensor([[-1.0, -2.0, -3.0]]),
+            "old_log_probs": torch.tensor([old]),
+            "response_ids": torch.tensor([[5, 6, 7]]),
+            "response_mask": torch.ones(1, 3, dtype=torch.bool),
+        },
+        [1],
+    )
+
+
+@pytest.mark.parametrize("told", [0.0, math.nan, -50.0])
+def test_a_token_that_the_policy_did_not_choose_has_no_ratio(told):
+    batch = minibatch([-1.0, told, -3.0])
+    with pytest.raises(ValueError, match=r"row 0, token 1 \(id 6\)"):
+        check_first_ratio(batch)
+    batch["action_mask"] = torch.tensor([[True, False, True]])
+    assert check_first_ratio(batch) == 0.0
+    batch["old_log_probs"][0, 2] = -4.0
+    with pytest.raises(ValueError, match=r"row 0, token 2 \(id 7\).*1 of 2 tokens differ"):
+        check_first_ratio(batch)
