@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
-from ppo_kit.cli.recipe import settings_class
+from ppo_kit.cli.recipe import run_recipe, settings_class
 from ppo_kit.cli.recipes import preset, recipes, recipes_folder
 from ppo_kit.cli.settings_file import read_settings
+from ppo_kit.sandbox.world import PROMPT_OF
 
 ROOT = Path(__file__).parents[2]
 PRESETS = sorted((recipes_folder() / "presets").glob("*.yaml"))
@@ -49,3 +51,19 @@ def test_the_presets_of_ppo_max_are_those_of_the_page(load):
     assert shown["released-script"] == files["released-script"]
     assert shown["default"].items() <= files["default"].items()
     assert shown["default"].keys() == files["report"].keys() | files["released-script"].keys()
+
+
+@pytest.mark.parametrize("name", ["report", "released-script"])
+def test_a_preset_of_ppo_max_runs(load, save_sandbox_models, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    save_sandbox_models(tmp_path, layers=1)
+    rows = [json.dumps({"prompt": text}) + "\n" for text in list(PROMPT_OF)[:12]]
+    (tmp_path / "prompts.jsonl").write_text("".join(rows))
+    tiny = {"steps": 1, "rollout_size": 4, "minibatch_size": 4, "max_new_tokens": 4, "held_out": 4}
+    tiny["ptx_coef"] = 0.0
+    flags = ["--preset", name, "--policy", "policy", "--reward", "reward", "--prompts", "prompts.jsonl"]
+    flags += [word for key, value in tiny.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    assert run_recipe(load(recipes()["ppo_max"]).main, [*flags, "--out", "run"]) == 0
+    told = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
+    given = yaml.safe_load(preset(recipes()["ppo_max"], name).read_text())
+    assert {key: told[key] for key in given} == given | {key: tiny[key] for key in tiny.keys() & given.keys()}

@@ -117,9 +117,6 @@ def test_the_installed_command_lists_and_copies_its_recipes(run, environment, tm
         assert (tmp_path / recipe.name).read_text() == recipe.read_text()
 
 
-@pytest.mark.skipif(
-    "run_recipe" not in (ROOT / "recipes" / "ppo_max.py").read_text(), reason="ppo_max has its own last lines"
-)
 def test_a_recipe_and_a_variant_of_it_run_away_from_the_repository(run, tmp_path, save_sandbox_models):
     save_sandbox_models(tmp_path, layers=1)
     with gzip.open(tmp_path / "prompts.jsonl.gz", "wt") as file:
