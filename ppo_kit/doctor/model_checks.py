@@ -29,6 +29,8 @@ def memory(subject: Subject) -> tuple[Level, str, str]:
     found = f"{estimate}"
     if len(rewards) > 1:
         found += f"; of {len(rewards)} reward models the first is counted"
+    if not subject.has_critic:
+        found += "; with a critic, which this run does not have"
     if not estimate.fits:
         return (
             "fail",
@@ -131,7 +133,11 @@ def forward(subject: Subject) -> tuple[Level, str, str]:
         if isinstance(model, (Critic, RewardModel)):
             check_scalar(model, name=name)
             read.append(name)
-    return "pass", f"{', '.join(read)}: with and without cache, padding and other logits they agree", ""
+    return (
+        "pass",
+        f"{', '.join(read)}: the same numbers with cache and without, padded or not, in train mode or not",
+        "",
+    )
 
 
 @torch.no_grad()
