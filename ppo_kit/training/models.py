@@ -22,7 +22,6 @@ from ppo_kit.models import (
     Reference,
     RewardModel,
     check_embeddings,
-    check_positions,
     freeze_below,
     ids_with_token,
     load_causal_lm,
@@ -205,7 +204,6 @@ def _policy_and_reference(
     actor = loaded() if isinstance(policy, str) else policy
     name = policy if isinstance(policy, str) else type(policy).__name__
     check_embeddings(actor, tokenizer, name)
-    check_positions(actor, settings.prompt_tokens + settings.max_new_tokens, name=name)
     if settings.lora_rank:
         lora = LoRA(actor, rank=settings.lora_rank, seed=settings.seed)
         return lora.causal("policy"), lora.causal(None) if reference else None
@@ -229,8 +227,6 @@ def _critic_and_rewards(
     for each in scored:
         each.model = load_scalar_model(each.name, **weights)
         check_embeddings(each.model, each.tokenizer, each.name)
-        if each.same_text:
-            check_positions(each.model, settings.prompt_tokens + settings.max_new_tokens, name=each.name)
     if not critic:
         return None
     start = next((each for each in scored if each.same_text), None)

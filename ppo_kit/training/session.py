@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_kit.engine import ranks
-from ppo_kit.models import check_policy, check_scalar, load_tokenizer, save_model
+from ppo_kit.models import check_policy, check_positions, check_scalar, load_tokenizer, save_model
+from ppo_kit.models.policy import ModelModule
 from ppo_kit.modules import BatchLoss, Shaping
 from ppo_kit.monitor import rollout_metrics
 from ppo_kit.run import check_finite
@@ -117,6 +118,11 @@ class Session(Loop):
         if self.in_sandbox:
             self.rewards = TensorDictSequential(self.rewards, sandbox_gold(self.tokenizer))
         self.engine.place(*filter(None, (self.reference, self.rewards)))
+        longest = max(map(len, [*self.prompts, *self.held_out])) + cfg.max_new_tokens
+        readers = [self.policy, self.critic, *models.rewards.components.values()]
+        for module in readers:  # a RetokenizedReward checks its own texts
+            if isinstance(module, ModelModule):
+                check_positions(module.model, longest, name=type(module).__name__)
         self.sampler = Sampler(self.policy, self.tokenizer, cfg, self.engine)
         self.sampling, self.end_ids = self.sampler.sampling, self.sampler.end_ids
 
