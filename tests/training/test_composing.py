@@ -79,7 +79,7 @@ def test_the_rows_use_every_module_that_a_recipe_can():
     assert classes - used - elsewhere == set()
 
 
-FILES = {name: block for name, block in re.findall(r"^```python\n# (\w+\.py)\n(.*?)^```", PAGE, re.M | re.S)}
+FILES = dict(re.findall(r"^```python\n# (\w+\.py)\n(.*?)^```", PAGE, re.M | re.S))
 
 
 def test_the_three_variants_run_from_an_empty_folder(brought, tmp_path):
