@@ -8,7 +8,19 @@ import torch
 from tensordict import TensorDict
 
 import ppo_kit.modules as modules
-from ppo_kit.modules import PIKL, AdaptiveKL, FixedKL, micro_batches, minibatches
+from ppo_kit.modules import (
+    GAE,
+    PIKL,
+    AdaptiveKL,
+    FixedKL,
+    KLLoss,
+    KLPenalty,
+    PlaceScore,
+    ScoreClip,
+    SumScores,
+    micro_batches,
+    minibatches,
+)
 
 NO_NUMBER = [math.nan, None, "0.95", True, torch.tensor(0.5)]
 FINITE = [*NO_NUMBER, math.inf, -math.inf]
@@ -125,6 +137,27 @@ def test_what_is_out_of_range_is_refused_by_name(kind, argument):
         named = "in_keys" if argument == "key" else "weight" if argument == "weights" else argument
         with pytest.raises(ValueError, match=f"^{kind}: {named}"):
             make(**GOOD.get(kind, {}) | {argument: bad})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ScoreClip(0), "ScoreClip: delta got 0, needs a number in (0, inf)"),
+        (lambda: GAE(gamma=1.1), "GAE: gamma got 1.1, needs a number in [0, 1]"),
+        (lambda: SumScores({}), "SumScores: weights got {}"),
+        (
+            lambda: KLLoss(0.1, kind="k1"),
+            "KLLoss: kind got 'k1', whose gradient does not depend on the reference",
+        ),
+        (lambda: KLPenalty(0.1, kind="k4"), "KLPenalty: kind got 'k4', needs one of ['k1', 'k2', 'k3']"),
+        (lambda: GAE(in_keys=["rewards"]), "GAE: in_keys got ['rewards'], needs 3 in the order"),
+        (lambda: PlaceScore(out_keys="rewards"), "PlaceScore: out_keys got 'rewards', needs a list of keys"),
+    ],
+)
+def test_messages_say_what_was_got_and_what_is_needed(make, message):
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - compared below
+        make()
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize("controller", [AdaptiveKL(0.1, 0.05, 10), PIKL(0.1, 0.05, 10)])
