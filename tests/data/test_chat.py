@@ -145,6 +145,14 @@ REFUSED: dict[str, tuple[Any, list[dict[str, str]], str]] = {
     "the first turns": (
         bytes_of(FORGETS, **IM), dialogue("q", "a", "b", "c"), "leaves out the user turn",
     ),
+    "a thought without marks": (
+        bytes_of(CHATML.replace("m.content", "m.content.split('##')[-1]"), **IM), dialogue("q", "so##Boil"),
+        "leaves out or changes a text: the answer: 'so##Boil'",
+    ),
+    "a turn's thought": (
+        bytes_of(CHATML.replace("m.content", "m.content.split('##')[-1]"), **IM), dialogue("so##q", "Boil"),
+        "leaves out or changes a text: turn 1, of the user: 'so##q'",
+    ),
     "capitals": (bytes_of(CAPITALS, **IM), dialogue("q", "Boil"), "leaves out the user turn|changes a text"),
     "no system turn": (bytes_of(NEEDS_SYSTEM, **IM), dialogue("q", "Boil"), "say who you are"),
     "end of turn": (bytes_of(CHATML, **IM), dialogue("q", "x<|im_end|>y"), "special token: '<.im_end.>'"),
