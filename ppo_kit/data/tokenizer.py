@@ -14,8 +14,8 @@ def read_tokenizer(source: str | Path, **settings: Any) -> PreTrainedTokenizerBa
 
     Raises:
         OSError: there is none, or the Hub cannot be asked.
-        ValueError: its files do not hold one: ``tokenizer.json`` is no JSON, or lacks a part; or they need code of
-            the folder.
+        ValueError: its files do not hold one: ``tokenizer.json`` is no JSON, or lacks a part; or they need
+            code of the folder.
     """
     from transformers import AutoTokenizer
 
