@@ -21,7 +21,7 @@ UNSUPPORTED = frozenset(
 )  # fmt: skip
 """Content of a dialogue that is not read. A row, or a message, that holds one of them is refused by name."""
 
-TAKEN = frozenset({*SCHEMA, "abstained", "gold_score"})
+TAKEN = frozenset({*SCHEMA, "gold_score"})
 """Names that the batch of a run uses itself."""
 
 

@@ -97,7 +97,7 @@ def test_a_list_of_turns_has_no_columns(tokenizer: PreTrainedTokenizerFast) -> N
     assert load_prompts([["a"]], tokenizer, max_tokens=30).columns == [{}]
 
 
-@pytest.mark.parametrize("name", [*SCHEMA, "gold_score", "abstained"])
+@pytest.mark.parametrize("name", [*SCHEMA, "gold_score"])
 def test_a_column_that_the_batch_has_itself_is_refused_by_name(
     tokenizer: PreTrainedTokenizerFast, name: str
 ) -> None:
