@@ -1,7 +1,7 @@
 """Dialogues in: rows of files, prompts, preference pairs, supervised text. See ``docs/data.md``."""
 
 from .bad_rows import BadRow, OnBadRow, RowReport
-from .batches import collate_pairs, pair_batches, plan_pairs
+from .batches import PairBatches, as_pairs, as_rows, collate_pairs, pair_batches, plan_pairs
 from .chat import Chat, Written
 from .check import Contents, check_file
 from .encode import Encoder, TooLong
@@ -40,6 +40,7 @@ __all__ = [
     "Message",
     "OnBadRow",
     "Pair",
+    "PairBatches",
     "Pairs",
     "Prompt",
     "Prompts",
@@ -50,6 +51,8 @@ __all__ = [
     "TooLong",
     "Written",
     "answer_of",
+    "as_pairs",
+    "as_rows",
     "check_file",
     "collate_pairs",
     "columns_of",

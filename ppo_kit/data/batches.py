@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictBase
 
-from .items import Pair
 from .order import epoch_order
 from .padding import pad_answers
+
+if TYPE_CHECKING:
+    from .items import Pair
 
 MIN_PAIRS, MAX_PAIRS = 4, 128
 """The report's limits on a batch balanced by tokens (section 3.1)."""
@@ -21,6 +25,7 @@ def collate_pairs(pairs: Sequence[Pair], *, pad_id: int = 0) -> TensorDict:
     Keys ``prompt_ids, prompt_mask, response_ids, response_mask`` and ``group_id`` (row i and row N+i share a
     prompt). ``chosen, rejected = scores.chunk(2)`` takes the scores apart again.
 
+    >>> from ppo_kit.data import Pair
     >>> pair = Pair([5], [6, 2], [7, 8, 2], [])
     >>> collate_pairs([pair])["response_ids"]
     tensor([[6, 2, 0], [7, 8, 2]])
@@ -30,6 +35,79 @@ def collate_pairs(pairs: Sequence[Pair], *, pad_id: int = 0) -> TensorDict:
     batch = pad_answers(prompts + prompts, answers, pad_id)
     batch["group_id"] = torch.arange(len(pairs)).repeat(2)
     return batch
+
+
+def as_pairs(batch: TensorDictBase) -> TensorDictBase:
+    """A batch of 2N rows as :func:`collate_pairs` orders them, as N pairs: batch size [N,2], chosen first.
+
+    So its rows are pairs, and stay whole however the batch is split. :func:`as_rows` goes back.
+
+    >>> batch = TensorDict({"score": torch.tensor([1.0, 2.0, -1.0, -2.0])}, [4])
+    >>> as_pairs(batch)["score"]
+    tensor([[ 1., -1.],
+            [ 2., -2.]])
+    """
+    return batch.reshape(2, -1).transpose(0, 1).contiguous()
+
+
+def as_rows(batch: TensorDictBase) -> TensorDictBase:
+    """A batch of pairs [N,2] as 2N rows, the chosen ones first; a batch [B] as it is.
+
+    >>> pairs = TensorDict({"score": torch.tensor([[1.0, -1.0], [2.0, -2.0]])}, [2, 2])
+    >>> as_rows(pairs)["score"]
+    tensor([ 1.,  2., -1., -2.])
+    """
+    return batch.transpose(0, 1).contiguous().reshape(-1) if batch.batch_dims == 2 else batch
+
+
+class PairBatches:
+    """The batches of a training run, epoch after epoch: ``batch(step)``, [N,2] as :func:`as_pairs` makes it.
+
+    Which pairs belong to a step depends on the step and the seed alone, so a resumed run needs no cursor.
+
+    Args:
+        seed, pairs_per_batch, max_tokens_per_batch: as in :func:`pair_batches`, whose errors are raised here.
+
+    >>> from ppo_kit.data import Pair
+    >>> batches = PairBatches([Pair([1], [3, 2], [4, 2], [])] * 3, seed=0, pairs_per_batch=2)
+    >>> [list(batches.batch(step).batch_size) for step in range(4)]
+    [[2, 2], [1, 2], [2, 2], [1, 2]]
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        *,
+        seed: int,
+        pairs_per_batch: int | None = None,
+        max_tokens_per_batch: int | None = None,
+    ) -> None:
+        self.pairs = pairs
+        self._plan_of = partial(
+            plan_pairs, pairs, seed=seed, pairs_per_batch=pairs_per_batch,
+            max_tokens_per_batch=max_tokens_per_batch,
+        )  # fmt: skip
+        self._epoch, self._first, self._plan = self._start()
+
+    def batch(self, step: int) -> TensorDictBase:
+        """The batch of step ``step``, counted from 0."""
+        return as_pairs(collate_pairs([self.pairs[row] for row in self.rows(step)]))
+
+    def rows(self, step: int) -> list[int]:
+        """The row indices of step ``step``, counted from 0."""
+        if step < 0:
+            raise ValueError(f"step: got {step}, needs 0 or more")
+        if step < self._first:
+            self._epoch, self._first, self._plan = self._start()
+        while step >= self._first + len(self._plan):
+            self._first += len(self._plan)
+            self._epoch += 1
+            self._plan = self._plan_of(epoch=self._epoch)
+        return self._plan[step - self._first]
+
+    def _start(self) -> tuple[int, int, list[list[int]]]:
+        """(epoch, its first step, its plan) of the beginning."""
+        return 0, 0, self._plan_of(epoch=0)
 
 
 def plan_pairs(
@@ -74,6 +152,7 @@ def pair_batches(
     Raises:
         ValueError: both or neither are given, or the budget does not hold four of the longest pairs.
 
+    >>> from ppo_kit.data import Pair
     >>> pairs = [Pair([1] * length, [3, 2], [4, 2], []) for length in range(1, 21)]
     >>> [batch.numel() // 2 for batch in pair_batches(pairs, seed=0, max_tokens_per_batch=300)]
     [8, 6, 6]

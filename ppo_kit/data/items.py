@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol, TypeVar, overload
 
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictBase
 
 from .bad_rows import RowReport
+from .batches import as_pairs, collate_pairs
 from .formats import Dialogue
 from .order import step_rows
 from .padding import pad_answers
@@ -138,9 +139,20 @@ class Dialogues(Rows[Answered]):
 
         Rows are chosen as in :meth:`Rows.step_rows`; ``pad_id`` fills masked slots.
         """
-        rows = self.take(self.step_rows(step, size, seed))
-        return pad_answers([row.prompt_ids for row in rows], [row.answer_ids for row in rows], pad_id)
+        return _dialogues(self.take(self.step_rows(step, size, seed)), pad_id)
+
+    def batches(self, size: int) -> list[TensorDict]:
+        """All rows in their order, ``size`` of them in a batch."""
+        return [_dialogues(self[at : at + size], 0) for at in range(0, len(self), size)]
+
+
+def _dialogues(rows: Sequence[Answered], pad_id: int) -> TensorDict:
+    return pad_answers([row.prompt_ids for row in rows], [row.answer_ids for row in rows], pad_id)
 
 
 class Pairs(Rows[Pair]):
-    """Prompts with a chosen and a rejected answer; :func:`ppo_kit.data.pair_batches` batches them."""
+    """Prompts with a chosen and a rejected answer; :class:`ppo_kit.data.PairBatches` batches them."""
+
+    def batches(self, size: int) -> list[TensorDictBase]:
+        """All pairs in their order, ``size`` of them in a batch [N,2] (see :func:`ppo_kit.data.as_pairs`)."""
+        return [as_pairs(collate_pairs(self[at : at + size])) for at in range(0, len(self), size)]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ppo_kit.functional import linear_token_log_probs
 from ppo_kit.models.load import load_causal_lm
-from ppo_kit.models.policy import autocast, mode
-from ppo_kit.models.scoring import RewardModel
+from ppo_kit.models.policy import mode
+from ppo_kit.models.scoring import RewardModel, at_last_token
 from ppo_kit.models.sequence import join, probe_ids
 
 
@@ -34,25 +36,45 @@ class RewardWithLanguageHead(RewardModel):
         super().__init__(model, dtype=dtype)
         self.head = head
 
+    @property
+    def network(self) -> nn.Module:
+        return TwoHeads(self.model, self.head)
+
     def compute(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        prompt_ids, prompt_mask, response_ids, response_mask = inputs
+        prompt_ids, prompt_mask, _, response_mask = inputs
         if len(prompt_ids) % 2:
             raise ValueError(f"{type(self).__name__}: got {len(prompt_ids)} rows, needs two a pair")
         ids, mask, positions = join(*inputs)
-        with autocast(self.model, self.dtype):
-            hidden = self.model.base_model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
-            ).last_hidden_state.to(self.head.dtype)
-            # Position P-1+t is the state before token t.
-            before = hidden[: len(ids) // 2, prompt_ids.shape[1] - 1 : -1]
-            said = response_mask.clone()
-            said[len(ids) // 2 :] = False
-            valid = said.nonzero(as_tuple=True)
-            found = linear_token_log_probs(before[valid], self.head, response_ids[valid])
-        log_probs = found.new_zeros(response_ids.shape).index_put(valid, found)
-        last = prompt_mask.shape[1] - 1 + response_mask.long().sum(1)
-        at_last = hidden[torch.arange(len(ids), device=ids.device), last]
-        return self.model.score(at_last).squeeze(-1).float(), log_probs
+        said = torch.zeros_like(ids, dtype=torch.bool)
+        # Position P-1+t is the state before token t.
+        preferred, before = len(ids) // 2, slice(prompt_ids.shape[1] - 1, -1)
+        said[:preferred, before] = response_mask[:preferred]
+        with self.autocast():
+            scalars, log_probs = self.call(
+                input_ids=ids, attention_mask=mask, position_ids=positions, said=said, use_cache=False
+            ).unbind(-1)
+        return at_last_token(scalars, prompt_mask, response_mask), log_probs[:, before]
+
+
+class TwoHeads(nn.Module):
+    """One forward of the backbone under both heads: float32 [B,L,2], at every position the scalar and the
+    log-probability of the token after it; the latter is 0 where ``said`` [B,L] is False.
+    """
+
+    def __init__(self, model: PreTrainedModel, head: nn.Parameter) -> None:
+        super().__init__()
+        self.model, self.head = model, head
+
+    def forward(self, *, input_ids: Tensor, said: Tensor | None = None, **inputs: Any) -> Tensor:
+        if said is None:
+            said = torch.ones_like(input_ids, dtype=torch.bool)
+        hidden = self.model.base_model(input_ids=input_ids, **inputs).last_hidden_state.to(self.head.dtype)
+        at = said[:, :-1].nonzero(as_tuple=True)
+        found = linear_token_log_probs(hidden[at], self.head, input_ids[:, 1:][at])
+        log_probs = found.new_zeros(input_ids.shape).index_put(at, found)
+        with torch.autocast(hidden.device.type, enabled=False):
+            scalars = self.model.score(hidden).squeeze(-1).float()
+        return torch.stack([scalars, log_probs], -1)
 
 
 def language_head(name: str, model: PreTrainedModel) -> nn.Parameter:

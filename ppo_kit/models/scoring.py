@@ -81,7 +81,7 @@ class Bootstrap(_Scalar):
 
     @torch.no_grad()
     def compute(self, *inputs: Tensor) -> Tensor:
-        return _at_last_token(self.scalars(*inputs), inputs[1], inputs[3])
+        return at_last_token(self.scalars(*inputs), inputs[1], inputs[3])
 
 
 class RewardModel(_Scalar):
@@ -90,10 +90,11 @@ class RewardModel(_Scalar):
     OUT = ("score",)
 
     def compute(self, *inputs: Tensor) -> Tensor:
-        return _at_last_token(self.scalars(*inputs), inputs[1], inputs[3])
+        return at_last_token(self.scalars(*inputs), inputs[1], inputs[3])
 
 
-def _at_last_token(scalars: Tensor, prompt_mask: Tensor, response_mask: Tensor) -> Tensor:
+def at_last_token(scalars: Tensor, prompt_mask: Tensor, response_mask: Tensor) -> Tensor:
+    """Of ``scalars`` [B,P+T] those at the last valid token of each row, [B]."""
     # An empty response is read at the last prompt token, P-1: prompts are left-padded.
     last = prompt_mask.shape[1] - 1 + response_mask.long().sum(1)
     return scalars.gather(1, last[:, None]).squeeze(1)

@@ -18,7 +18,7 @@ def with_counts(
     """Write ``num_tokens`` and ``num_sequences`` [B] int64: the losses' denominators, the same in each row.
 
     num_tokens counts the tokens of the batch that are trained on, num_sequences its responses with at least
-    one. Rows carry them, so they survive any split.
+    one. Rows carry them, so they survive any split. A batch of pairs [N,2] counts both answers of each.
 
     Args:
         mask_key: what is counted; where the batch lacks ``loss_mask``, ``action_mask`` or ``response_mask``.
@@ -35,9 +35,9 @@ def with_counts(
     ([3, 3, 3], [2, 2, 2])
     """
     mask = require(batch, mask_key, "with_counts")
-    counts = reduce(torch.stack([mask.sum(), mask.any(1).sum()]))
+    counts = reduce(torch.stack([mask.sum(), mask.any(-1).sum()]))
     for key, count in zip(("num_tokens", "num_sequences"), counts.unbind(), strict=True):
-        batch.set(key, count.repeat(mask.shape[0]))
+        batch.set(key, count.repeat(batch.batch_size))
     return batch
 
 

@@ -9,9 +9,15 @@ from hypothesis import strategies as st
 
 from ppo_kit.batch import check_batch
 from ppo_kit.data import (
+    Answered,
+    Dialogues,
     Pair,
+    PairBatches,
+    Pairs,
     Prompt,
     Prompts,
+    as_pairs,
+    as_rows,
     collate_pairs,
     pad_answers,
     pad_prompts,
@@ -118,3 +124,46 @@ def test_pair_batches_name_what_cannot_be() -> None:
         pair_batches(pairs, seed=0, pairs_per_batch=0)
     with pytest.raises(ValueError, match="pairs: got none"):
         pair_batches([], seed=0, pairs_per_batch=2)
+
+
+def test_pairs_and_rows_are_one_batch_in_two_shapes() -> None:
+    pairs = [Pair([1] * n, [2] * n, [3] * (4 - n), []) for n in (1, 2, 3)]
+    batch = collate_pairs(pairs, pad_id=9)
+    both = as_pairs(batch)
+    assert both.batch_size == torch.Size([3, 2])
+    for row, pair in enumerate(pairs):
+        for side, ids in enumerate((pair.chosen_ids, pair.rejected_ids)):
+            assert both["response_ids"][row, side][both["response_mask"][row, side]].tolist() == ids
+    for key, value in as_rows(both).items():
+        assert torch.equal(value, batch[key])
+    assert as_rows(batch) is batch
+    halves = torch.cat([as_rows(piece)["group_id"] for piece in both.split(2)])
+    assert halves.tolist() == [0, 1, 0, 1, 2, 2]
+
+
+@pytest.mark.parametrize("size", [{"pairs_per_batch": 3}, {"max_tokens_per_batch": 200}])
+def test_the_batch_of_a_step_is_that_of_the_epochs_in_a_row(size: dict[str, int]) -> None:
+    pairs = [Pair([1] * n, [2] * (n % 7 + 1), [3] * (n % 5 + 1), []) for n in range(1, 15)]
+    expected = [batch for epoch in range(4) for batch in pair_batches(pairs, seed=5, epoch=epoch, **size)]
+    batches = PairBatches(pairs, seed=5, **size)
+    steps = [*range(len(expected)), 0, len(expected) - 1, 3]  # forwards, and back
+    for step in steps:
+        assert torch.equal(as_rows(batches.batch(step))["response_ids"], expected[step]["response_ids"])
+    with pytest.raises(ValueError, match="step: got -1"):
+        batches.batch(-1)
+
+
+def test_batches_of_all_rows_keep_their_order() -> None:
+    pairs = Pairs([Pair([n], [n, n], [n], []) for n in range(1, 6)])
+    found = pairs.batches(2)
+    assert [list(batch.batch_size) for batch in found] == [[2, 2], [2, 2], [1, 2]]
+    assert [row for batch in found for row in batch["prompt_ids"][:, 0, 0].tolist()] == [1, 2, 3, 4, 5]
+    dialogues = Dialogues([Answered([n], [n, n], []) for n in range(1, 6)])
+    assert [row for batch in dialogues.batches(2) for row in batch["prompt_ids"][:, 0].tolist()] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+    ]
+    assert dialogues[:0].batches(2) == []

@@ -99,6 +99,28 @@ def test_the_head_is_the_models_own_or_freezes_with_it(both):
     assert not language_head(name, untied.model).requires_grad
 
 
+def test_an_engine_can_wrap_all_that_it_computes(both, make_batch):
+    _, reward = both("llama", tie_word_embeddings=False)
+    plain, calls = reward(make_batch(PROMPTS, RESPONSES)), []
+    network = reward.network
+
+    def wrapped(**inputs):
+        calls.append(inputs)
+        return network(**inputs)
+
+    reward.wrap(wrapped)
+    again = reward(make_batch(PROMPTS, RESPONSES))
+    assert len(calls) == 1
+    for key in ("score", "log_probs"):
+        torch.testing.assert_close(again[key], plain[key])
+    trained = {id(weight) for weight in reward.parameters() if weight.requires_grad}
+    assert trained == {id(weight) for weight in network.parameters()}
+    # What DeepSpeed asks for to make its states: a forward that every weight has a share in.
+    token = torch.zeros(1, 1, dtype=torch.int64)
+    network(input_ids=token, attention_mask=token + 1, position_ids=token, use_cache=False).sum().backward()
+    assert all(weight.grad is not None for weight in reward.parameters())
+
+
 def test_what_has_no_such_head_is_refused(tiny_model, make_batch, both, tmp_path):
     classifier = tiny_model("llama", scalar=True)
     classifier.save_pretrained(tmp_path / "classifier")

@@ -228,6 +228,34 @@ class TestPairwise:
         for key, value in PairwiseLoss()(self.batch).items():
             torch.testing.assert_close(sum(piece[key] for piece in pieces), value)
 
+    def test_a_tie_is_half_right(self):
+        assert (
+            PairwiseLoss()(TensorDict({"score": torch.tensor([1.0, 2.0, 1.0, 0.0])}, [4]))["accuracy"] == 0.75
+        )
+
+    @pytest.mark.parametrize("lm_weight", [0.0, 1.0])
+    def test_a_pair_with_an_answer_of_no_token_is_left_out(self, lm_weight):
+        """Its scores may be anything, NaN too, and no gradient reaches them."""
+        score = torch.tensor([1.0, torch.nan, 0.5, 0.5, torch.nan, 2.0], requires_grad=True)
+        mask = torch.tensor([[True, True], [False, False], [True, False]] * 2)
+        log_probs = torch.tensor([[-1.0, -2.0], [torch.nan, torch.nan], [-3.0, torch.nan]] * 2)
+        batch = TensorDict({"score": score, "response_mask": mask, "log_probs": log_probs}, [6])
+        kept = batch[[0, 2, 3, 5]]
+        for counts in ({}, {"num_sequences": 4}):
+            own = [each.clone(False).update({k: torch.full((len(each),), v) for k, v in counts.items()})
+                   for each in (batch, kept)]  # fmt: skip
+            all_, alone = (PairwiseLoss(lm_weight=lm_weight)(each) for each in own)
+            for key in ("loss_pairwise", "accuracy"):
+                torch.testing.assert_close(all_[key], alone[key])
+        all_["loss_pairwise"].backward()
+        assert score.grad.isfinite().all()
+        assert not score.grad[[1, 4]].any()
+
+    def test_pieces_with_no_pair_at_all_add_nothing(self):
+        batch = self.batch.copy().update({"response_mask": torch.zeros(4, 2, dtype=torch.bool)})
+        batch["num_sequences"] = torch.full((4,), 4)
+        assert PairwiseLoss()(batch)["loss_pairwise"] == PairwiseLoss()(batch)["accuracy"] == 0
+
     def test_odd_rows_are_refused(self):
         with pytest.raises(ValueError, match="PairwiseLoss: 'score' has 3 rows, needs two a pair"):
             PairwiseLoss()(self.batch[:3])

@@ -121,3 +121,12 @@ def test_a_minibatch_without_tokens_costs_nothing():
     empty["response_mask"] = torch.zeros(3, 4, dtype=torch.bool)
     for batch in (empty, with_counts(empty.copy())):
         assert SquaredValueLoss()(batch)["loss_value"] == 0
+
+
+def test_a_batch_of_pairs_is_counted_by_answers_and_split_by_pairs():
+    mask = torch.tensor([[[True, True], [True, False]], [[True, False], [False, False]], [[True, True]] * 2])
+    pairs = TensorDict({"response_mask": mask, "row": torch.arange(6).reshape(3, 2)}, [3, 2])
+    pieces = list(micro_batches(pairs, 2))
+    assert [list(piece.batch_size) for piece in pieces] == [[2, 2], [1, 2]]
+    assert [piece["row"].tolist() for piece in pieces] == [[[0, 1], [2, 3]], [[4, 5]]]
+    assert all((piece["num_tokens"] == 8).all() and (piece["num_sequences"] == 5).all() for piece in pieces)
