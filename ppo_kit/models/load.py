@@ -92,7 +92,7 @@ def load_scalar_model(
         ValueError: there is no head, or one of more labels than one; weights are missing or of another shape;
             the folder carries code of its own; an adapter's base is not there.
     """
-    model, has_head = _scalar(name, dtype)
+    model, has_head = _scalar(model_source(name, first="reward_model"), dtype)
     if head == "required" and not has_head:
         raise ValueError(
             f"{name}: holds no scalar head (score, v_head.summary, value_head), so it would score every "

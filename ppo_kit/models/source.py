@@ -15,13 +15,33 @@ from ppo_kit.models.reading import reading
 from ppo_kit.models.save import save_model
 
 
-def model_source(name: str) -> str:
-    """What ``from_pretrained`` takes: ``smollm2`` becomes its converted folder, all else is passed through.
+def model_source(name: str, *, first: str = "policy") -> str:
+    """What ``from_pretrained`` takes for ``name``: the folder that it stands for, else ``name`` itself.
+
+    A run folder stands for the model that the run trained, its ``policy/`` or ``reward_model/`` (``first``
+    says which of two). ``smollm2`` stands for its converted folder.
 
     Raises:
         ModuleNotFoundError: a package that ``smollm2`` needs is missing; the text has the command.
+        ValueError: the folder is that of a run that has saved no model yet.
     """
-    return str(_smollm2()) if name == "smollm2" else name
+    if name == "smollm2":
+        return str(_smollm2())
+    if not _is_run(Path(name)):
+        return name
+    held = [part for part in ("policy", "reward_model") if (Path(name) / part).is_dir()]
+    if not held:
+        raise ValueError(f"{name}: the run in this folder has not saved its model yet; it does at its end")
+    return str(Path(name) / (first if first in held else held[0]))
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether the config.json there is that of a run, not of a model."""
+    try:
+        about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(about, dict) and "settings" in about and "model_type" not in about
 
 
 def adapter_base(name: str) -> str | None:

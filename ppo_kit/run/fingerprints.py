@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ppo_kit.models import model_source
+
 Source = str | os.PathLike[str]
 Inputs = Mapping[str, Source | Sequence[Source] | None]
 """Name of an input -> its folder, file or hub id, or several; None where the run has none."""
@@ -21,8 +23,9 @@ def fingerprints(inputs: Inputs) -> dict[str, dict[str, str]]:
     """Name of each input -> {file: ``size and hash``}, for ``config.json``.
 
     A folder is fingerprinted by the files in it that a loader may read (no folders inside it, no hidden
-    files), a file by itself; of ``rewards.py:brevity`` the file is taken. What is neither, such as the id of
-    a model on the Hugging Face Hub, has only its name: what is behind an id is not checked.
+    files), the folder of a run by those of the model that it trained, a file by itself; of
+    ``rewards.py:brevity`` the file is taken. What is neither, such as the id of a model on the Hugging Face
+    Hub, has only its name: what is behind an id is not checked.
 
     Files up to 64 MiB are hashed whole. Of larger ones the size and 16 pieces of 1 MiB at even distances, the
     first and the last among them, are hashed: training changes all of a model's weights, so a retrained model
@@ -39,6 +42,7 @@ def _prints(given: Source | Sequence[Source]) -> dict[str, str]:
 def _prints_of(source: str) -> dict[str, str]:
     path = Path(source)
     if path.is_dir():
+        path = Path(model_source(source))
         files = sorted(each for each in path.iterdir() if each.is_file())
         read = [each for each in files if not each.name.startswith(".") and each.suffix not in _NOT_READ]
         return {f"{path.name}/{each.name}": _print_of(each) for each in read}

@@ -2,14 +2,58 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from ppo_kit.models import cached, freeze_below, load_scalar_model, model_source, save_model, settings_key
-from ppo_kit.sandbox import sandbox_tokenizer
+from ppo_kit.models import (
+    cached,
+    freeze_below,
+    load_causal_lm,
+    load_scalar_model,
+    load_tokenizer,
+    model_source,
+    save_model,
+    settings_key,
+)
+from ppo_kit.sandbox import sandbox_config, sandbox_tokenizer
+
+
+def a_run(folder: Path, *held: str) -> Path:
+    """A run folder that holds models of these names: of one layer a policy, of two a reward model."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"name": "sft", "settings": {"steps": 3}}))
+    tokenizer = sandbox_tokenizer()
+    for name in held:
+        kind, layers = {
+            "policy": (AutoModelForCausalLM, 1),
+            "reward_model": (AutoModelForSequenceClassification, 2),
+        }[name]
+        config = sandbox_config(tokenizer, hidden_size=16, layers=layers)
+        config.num_labels = 1
+        save_model(kind.from_config(config), tokenizer, folder / name)
+    return folder
+
+
+def test_a_run_folder_stands_for_the_model_that_it_trained(tmp_path):
+    sft, rm = a_run(tmp_path / "sft", "policy"), a_run(tmp_path / "rm", "reward_model")
+    both = a_run(tmp_path / "both", "policy", "reward_model")
+    assert model_source(str(sft)) == str(sft / "policy")
+    assert model_source(str(rm)) == str(rm / "reward_model")
+    assert load_causal_lm(str(both)).config.num_hidden_layers == 1
+    assert load_scalar_model(str(both)).config.num_hidden_layers == 2
+    assert load_scalar_model(str(sft), head="new").config.num_hidden_layers == 1
+    for run in (sft, rm, both):
+        assert load_tokenizer(str(run)).get_vocab() == sandbox_tokenizer().get_vocab()
+    for plain in (sft / "policy", rm / "reward_model", tmp_path / "nothing"):
+        assert model_source(str(plain)) == str(plain)
+    with pytest.raises(ValueError, match=r"started: .*has not saved its model"):
+        load_tokenizer(str(a_run(tmp_path / "started")))
 
 
 def test_a_folder_is_built_once_and_whole(tmp_path, monkeypatch):
