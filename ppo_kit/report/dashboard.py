@@ -35,7 +35,7 @@ _SLATE = "#3B4A5A"
 _SHADES = LinearSegmentedColormap.from_list("shades", ["#FFFFFF", "#BBD7EA", "#5FA3CF", BLUE, "#06304D"])
 _COLUMNS = 40
 _OWN_COLUMNS, _MOST_OWN = 4, 24
-_TELLING = ("policy", "lr", "critic_lr", "kl_coef", "score_clip", "clip", "value_clip", "lam")
+_TELLING = ("policy", "base", "lr", "critic_lr", "kl_coef", "score_clip", "clip", "value_clip", "lam")
 _NOT_TELLING = {"seed", "steps", "out", "threads", "resume", "checkpoint_every", "fresh"}
 
 
@@ -43,9 +43,10 @@ def draw_dashboard(folder: Path, path: Path | None = None) -> Path:
     """Draw the run in ``folder`` to ``path`` (default ``folder/dashboard.png``) and return the path.
 
     Read are metrics.jsonl, samples.jsonl, config.json and summary.json; a panel whose numbers are missing
-    says so. Metrics that are not standard have their panels below, the first 24 of them. Score and gold
-    reward share a panel and its steps, not a vertical axis: their units differ, and on one axis, or on two
-    laid over each other, where the lines cross would mean nothing.
+    says so. Metrics that are not standard have their panels below, the first 24 of them. Of a run that
+    samples no responses (SFT, reward modelling) every metric has such a panel, and there are no others. Score
+    and gold reward share a panel and its steps, not a vertical axis: their units differ, and on one axis, or
+    on two laid over each other, where the lines cross would mean nothing.
 
     Raises ``FileNotFoundError`` when there is no metrics.jsonl, ``ValueError`` for a broken file.
     """
@@ -54,20 +55,44 @@ def draw_dashboard(folder: Path, path: Path | None = None) -> Path:
         raise FileNotFoundError(f"{folder / 'metrics.jsonl'}: no such file; nothing to draw")
     rows = read_rows(folder / "metrics.jsonl")
     scores = {row["step"]: row["scores"] for row in read_rows(folder / "samples.jsonl")}
-    own = list(dict.fromkeys(name for row in rows for name in row if name not in METRICS))[:_MOST_OWN]
+    sampled = not rows or any(name in row for row in rows for name in ("score", "response_length"))
+    logged = list(dict.fromkeys(name for row in rows for name in row if name != "step"))
+    own = [name for name in logged if name not in METRICS]
+    own = (own if sampled else own + [name for name in logged if name in METRICS])[:_MOST_OWN]
     below = 2.5 * -(-len(own) // _OWN_COLUMNS)
-    height = 9.6 + below
+    height = below + (9.6 if sampled else 1.4)
     figure = Figure(figsize=(13.2, height), dpi=150, facecolor="white")
 
     def at(inches: float) -> float:
         return inches / height
 
-    # Fixed places, so that panels over the same steps line up.
-    vertical = {"top": 1 - at(1.2), "bottom": at(below + 0.62), "hspace": 0.26}
+    _draw_header(figure, folder, rows, at)
+    if sampled:
+        _draw_rollouts(figure, rows, scores, top=1 - at(1.2), bottom=at(below + 0.62))
+    if own:
+        lines = -(-len(own) // _OWN_COLUMNS)
+        grid = figure.add_gridspec(lines, _OWN_COLUMNS, left=0.052, right=0.985, wspace=0.26, hspace=0.5,
+                                   top=at(below - 0.4), bottom=at(0.4))  # fmt: skip
+        for index, name in enumerate(own):
+            _draw_panel(figure.add_subplot(grid[divmod(index, _OWN_COLUMNS)]), rows, name, color=_SLATE)
+    path = Path(path) if path is not None else folder / "dashboard.png"
+    figure.savefig(path)
+    return path
+
+
+def _draw_rollouts(
+    figure: Figure,
+    rows: Sequence[Mapping[str, Any]],
+    scores: Mapping[int, Sequence[float | None]],
+    *,
+    top: float,
+    bottom: float,
+) -> None:
+    """The panels of a run that samples responses, at fixed places: those over the same steps line up."""
+    vertical = {"top": top, "bottom": bottom, "hspace": 0.26}
     heights = [1.6, 1.25, 1.0]
     wide = figure.add_gridspec(3, 2, left=0.052, right=0.635, wspace=0.17, height_ratios=heights, **vertical)
     side = figure.add_gridspec(3, 1, left=0.72, right=0.985, height_ratios=heights, **vertical)
-    _draw_header(figure, folder, rows, at)
     rewards = _draw_rewards(figure, wide[0, :], rows)
     spread = figure.add_subplot(wide[1, :], sharex=rewards)
     _draw_distribution(spread, scores)
@@ -83,15 +108,6 @@ def draw_dashboard(folder: Path, path: Path | None = None) -> Path:
         _draw_panel(axes, rows, name, color=_SLATE)
         if place.rowspan.stop == 3:
             axes.set_xlabel("PPO step", fontsize=9, color=FAINT)
-    if own:
-        lines = -(-len(own) // _OWN_COLUMNS)
-        grid = figure.add_gridspec(lines, _OWN_COLUMNS, left=0.052, right=0.985, wspace=0.26, hspace=0.5,
-                                   top=at(below - 0.4), bottom=at(0.4))  # fmt: skip
-        for index, name in enumerate(own):
-            _draw_panel(figure.add_subplot(grid[divmod(index, _OWN_COLUMNS)]), rows, name, color=_SLATE)
-    path = Path(path) if path is not None else folder / "dashboard.png"
-    figure.savefig(path)
-    return path
 
 
 def _draw_panel(axes: Axes, rows: Sequence[Mapping[str, Any]], name: str, *, color: str) -> None:

@@ -30,8 +30,8 @@ from ppo_kit.report.preference_report import calibration, differences_of, summar
 def draw_preference_report(folder: Path, path: Path | None = None) -> Path:
     """Draw the reward model in ``folder`` to ``path`` (default ``folder/reward_model.png``) and return that.
 
-    Read are metrics.jsonl (``step``, ``accuracy``, ``held_out_accuracy``), held_out.jsonl (a row a pair, see
-    ``preference_report``) and run.json; a panel whose numbers are missing says so.
+    Read are metrics.jsonl (``step``, ``accuracy``, ``eval/accuracy``), held_out.jsonl (a row per pair, see
+    ``preference_report``) and config.json; a panel whose numbers are missing says so.
 
     Raises ``FileNotFoundError`` when there is no held_out.jsonl, ``ValueError`` for a broken or empty file.
     """
@@ -73,7 +73,8 @@ def _draw_accuracy(axes: Axes, rows: Sequence[Mapping[str, Any]], summary: Mappi
     steps, values = series(rows, "accuracy")
     draw_curve(axes, steps, values, color=BLUE)
     ends = [(float(values[-max(1, window_of(len(values))) :].mean()), "training", BLUE)]
-    held_steps, held = series(rows, "held_out_accuracy")
+    evaluated = [row for row in rows if row["step"] < steps[-1]]
+    held_steps, held = series(evaluated, "eval/accuracy")
     held_steps, held = np.append(held_steps, steps[-1]), np.append(held, summary["accuracy"])
     axes.plot(held_steps, held, "o-", color=ORANGE, linewidth=2.0, markersize=6, markeredgecolor="w")
     axes.plot(steps[[-1, -1]], summary["interval"], color=ORANGE, linewidth=1.4, alpha=0.5)
@@ -133,7 +134,7 @@ def _draw_reliability(axes: Axes, differences: np.ndarray) -> None:
 
 
 def _draw_header(figure: Figure, folder: Path, summary: Mapping[str, Any]) -> None:
-    run = read_json(folder / "run.json")
+    run = read_json(folder / "config.json")
     figure.text(0.052, 0.972, "reward model", fontsize=18, fontweight="bold", color=INK, va="top")
     facts = [f"seed {run['seed']}"] if "seed" in run else []
     facts += [f"{name} {Path(str(value)).name[:28]}" for name, value in run.get("changed", {}).items()

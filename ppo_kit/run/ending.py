@@ -60,6 +60,7 @@ _FILES = {
     "samples.jsonl": "sampled responses and all scores",
     "config.json": "settings, versions, seed",
     "policy": "the trained policy, for transformers' from_pretrained",
+    "reward_model": "the trained reward model, for transformers' from_pretrained",
     "checkpoints": "to continue from, with --resume",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -17,6 +18,9 @@ from ppo_kit.modules import Objective
 from ppo_kit.monitor import Stopwatch
 from ppo_kit.run import Run
 from ppo_kit.training.update import Update
+
+SMALLER_IS_BETTER = ("loss", "perplexity", "kl")
+"""Ends of the names of metrics whose smallest value is the best one."""
 
 
 class Loop:
@@ -178,17 +182,18 @@ class Loop:
             return False
         if name not in self._evaluated:
             raise ValueError(f"--keep-best: got {name!r}, needs one of {sorted(self._evaluated)}")
-        return best.improves(self._evaluated[name])
+        value = self._evaluated[name]
+        return best.improves(-value if name.endswith(SMALLER_IS_BETTER) else value)
 
 
 class _Best:
-    """The largest value of the watched metric so far."""
+    """The largest value so far; a NaN is none."""
 
     def __init__(self) -> None:
         self.value: float | None = None
 
     def improves(self, value: float) -> bool:
-        better = self.value is None or value > self.value
+        better = value > (-math.inf if self.value is None else self.value)
         self.value = value if better else self.value
         return better
 

@@ -37,8 +37,8 @@ class RunSettings:
     eval_every: int = 0
     """Steps between evaluations on held-out data, logged as eval/…; 0 evaluates before and after alone."""
     keep_best: str | None = None
-    """Metric of the evaluations (score, gold_score, …) whose largest value names the best checkpoint; needs
-    --eval-every."""
+    """Metric of the evaluations (score, gold_score, …) whose best value names the best checkpoint: the
+    largest, of a loss, a perplexity or a KL the smallest; needs --eval-every."""
     skip_faults: int = 0
     """Steps that may be skipped because a loss, gradient, reward or log-prob was not finite; 0 stops at the
     first."""

@@ -1,33 +1,23 @@
-"""The reward-model recipe on a user's pairs: loss (2), batches, what it writes, what PPO then loads."""
+"""The reward-model recipe on a user's pairs: loss (2), batches, what it says of held-out pairs."""
 
 from __future__ import annotations
 
 import json
 import math
 import random
-import sys
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from ppo_kit.data import load_pairs, pair_batches, plan_pairs
-from ppo_kit.models import RewardModel, load_scalar_model, save_model
+from ppo_kit.models import load_scalar_model, save_model
 from ppo_kit.report.history import read_rows
 from ppo_kit.report.preference_report import differences_of, wilson_interval
 from ppo_kit.sandbox import sandbox_config, sandbox_tokenizer
 from ppo_kit.sandbox.world import PROMPT_OF
-from ppo_kit.task import load_task
-from ppo_kit.training import PPOSettings
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
-import reward_model
-
-FILES = {
-    "metrics.jsonl", "summary.json", "run.json", "held_out.jsonl", "hardest_pairs.jsonl", "reward_model.png",
-    "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-}  # fmt: skip
+from ppo_kit.training import RLSettings, Session
 
 
 @pytest.fixture(scope="module")
@@ -51,40 +41,43 @@ def user(tmp_path_factory):
     return folder
 
 
-def train(user, out, **changes):
-    cfg = reward_model.RewardModelling(
-        **{
+@pytest.fixture(scope="module")
+def train(user, recipe):
+    """``train(out, **changes)``: the folder of a whole run."""
+
+    def main(out, **changes: Any):
+        given = {
             "base": str(user / "policy"), "pairs": user / "train.jsonl",
-            "held_out_pairs": user / "valid.jsonl", "steps": 4, "batch_size": 8, "lr": 3e-3, **changes,
-        }
-    )  # fmt: skip
-    out.mkdir()
-    reward_model.train(cfg, out)
-    return out
+            "held_out_pairs": user / "valid.jsonl", "steps": 4, "batch_size": 8, "lr": 3e-3,
+        }  # fmt: skip
+        module = recipe("reward_model")
+        assert module.main(module.RewardModelling(**{**given, **changes, "out": out})) == 0
+        return out
+
+    return main
 
 
 @pytest.fixture(scope="module")
-def whole(user, tmp_path_factory):
+def whole(train, tmp_path_factory):
     """A run with both terms of the loss, a margin, and batches by tokens."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    return train(user, out, steps=40, lm_coef=1.0, margin=0.5, max_tokens_per_batch=400, eval_every=15)
+    return train(out, steps=40, lm_coef=1.0, margin=0.5, max_tokens_per_batch=400, eval_every=15)
 
 
-def test_what_a_run_leaves_behind(whole, user):
-    assert {path.name for path in whole.iterdir()} == FILES
+def test_batches_by_tokens_are_those_of_the_plan(whole, user):
     rows = read_rows(whole / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 41))
-    assert [row["step"] for row in rows if "held_out_accuracy" in row] == [15, 30]
-    plan = plan_pairs(
-        load_pairs(user / "train.jsonl", AutoTokenizer.from_pretrained(whole), max_tokens=512),
-        seed=0,
-        max_tokens_per_batch=400,
-    )
-    assert [row["pairs"] for row in rows[: len(plan)]] == [len(each) for each in plan]
-    assert rows[0]["lr"] < rows[3]["lr"] == 3e-3 > rows[-1]["lr"] > 0
-    run = json.loads((whole / "run.json").read_text())
-    assert run["settings"]["margin"] == 0.5
-    assert run["changed"]["lm_coef"] == 1.0
+    assert [row["step"] for row in rows if "eval/accuracy" in row] == [15, 30]
+    tokenizer = AutoTokenizer.from_pretrained(user / "policy")
+    pairs = load_pairs(user / "train.jsonl", tokenizer, max_tokens=512)
+    plan = [
+        batch
+        for epoch in range(20)
+        for batch in plan_pairs(pairs, seed=0, epoch=epoch, max_tokens_per_batch=400)
+    ]
+    assert [row["pairs"] for row in rows] == [len(each) for each in plan[:40]]
+    assert rows[-2]["lr"] > rows[-1]["lr"] == 0
+    assert max(row["lr"] for row in rows) == 3e-3
 
 
 def test_the_summary_is_that_of_the_held_out_pairs(whole, user):
@@ -115,15 +108,13 @@ def test_the_hardest_pairs_are_texts_and_sorted(whole):
     assert hardest[0]["prompt"][-1]["role"] == "user"
 
 
-def test_the_first_loss_against_a_plain_loop(user, tmp_path):
+def test_the_first_loss_against_a_plain_loop(train, user, tmp_path):
     # A head of a saved reward model, so that scores are not all 0.
     model = load_scalar_model(str(user / "policy"), head="new")
     torch.nn.init.normal_(model.score.weight)
     tokenizer = AutoTokenizer.from_pretrained(user / "policy")
     save_model(model, tokenizer, tmp_path / "ranker")
-    out = train(
-        user, tmp_path / "rm", base=str(tmp_path / "ranker"), steps=1, lm_coef=0.3, margin=0.4, lr=1e-9
-    )
+    out = train(tmp_path / "rm", base=str(tmp_path / "ranker"), steps=1, lm_coef=0.3, margin=0.4, lr=1e-9)
     pairs = load_pairs(user / "train.jsonl", tokenizer, max_tokens=512)
     first = next(iter(pair_batches(pairs, seed=0, pairs_per_batch=8)))
     scores, nats, output = [], [], model.get_input_embeddings().weight
@@ -140,19 +131,20 @@ def test_the_first_loss_against_a_plain_loop(user, tmp_path):
             nats.append(-sum(said) / len(answer))
     ranked = [math.log(1 + math.exp(-(scores[i] - scores[8 + i] - 0.4))) for i in range(8)]
     expected = sum(ranked[i] + 0.3 * nats[i] for i in range(8)) / 8
-    assert read_rows(out / "metrics.jsonl")[0]["loss"] == pytest.approx(expected, rel=1e-4)
+    assert read_rows(out / "metrics.jsonl")[0]["pairwise_loss"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_the_default_loss_is_the_pairwise_one_alone(user, tmp_path):
-    out = train(user, tmp_path / "rm", steps=1)
+def test_the_default_loss_is_the_pairwise_one_alone(train, tmp_path):
+    out = train(tmp_path / "rm", steps=1)
     (row,) = read_rows(out / "metrics.jsonl")
-    assert row["loss"] == pytest.approx(0.6931472)
+    assert row["pairwise_loss"] == pytest.approx(0.6931472)
     assert row["accuracy"] == 0.5  # the head starts at zero: every pair is a tie
 
 
 def test_plain_transformers_gives_the_same_scores(whole, user):
     model, tokenizer = (
-        loader.from_pretrained(whole) for loader in (AutoModelForSequenceClassification, AutoTokenizer)
+        loader.from_pretrained(whole / "reward_model")
+        for loader in (AutoModelForSequenceClassification, AutoTokenizer)
     )
     rows = read_rows(whole / "held_out.jsonl")
     for pair, row in zip(load_pairs(user / "valid.jsonl", tokenizer, max_tokens=512), rows[:5], strict=False):
@@ -169,42 +161,46 @@ def test_ppo_loads_anyones_one_label_classifier(user, tmp_path):
     theirs = AutoModelForSequenceClassification.from_config(config).eval()
     theirs.save_pretrained(tmp_path / "theirs")
     tokenizer.save_pretrained(tmp_path / "theirs")
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in list(PROMPT_OF)[:12]))
-    settings = PPOSettings(policy=str(user / "policy"), prompts=prompts, held_out=4, rollout_size=4)
-    task = load_task(settings, policy=settings.policy, reward=str(tmp_path / "theirs"))
-    batch = task.scorers(task.rollout(1))
+    cfg = RLSettings(policy=str(user / "policy"), reward=(str(tmp_path / "theirs"),), held_out=4,
+                     rollout_size=4, out=tmp_path / "run")  # fmt: skip
+    batch = Session(cfg, critic=False, prompts=list(PROMPT_OF)[:12]).experience(1)
     for row in range(4):
         ids = [batch[f"{part}_ids"][row][batch[f"{part}_mask"][row]] for part in ("prompt", "response")]
         # Without a mask transformers would look for padding, and a response may end in what pads.
         read = theirs.model(torch.cat(ids)[None]).last_hidden_state[0, -1]
         assert batch["score"][row].item() == pytest.approx(theirs.score(read).item(), abs=1e-5)
-    assert isinstance(task.rewards[0], RewardModel)
 
 
-def test_adapters_are_merged_when_saved(user, tmp_path):
+def test_evaluations_are_means_over_pairs_whatever_the_batches(train, tmp_path):
+    """40 held-out pairs in batches of 7: the evaluation is what the pairs say one by one."""
+    summary = json.loads((train(tmp_path / "rm", batch_size=7) / "summary.json").read_text())
+    for name, own in (("pairwise_loss", "loss"), ("accuracy", "accuracy")):
+        assert summary["after"][name] == pytest.approx(summary[own], rel=1e-5)
+    assert summary["loss"] != pytest.approx(math.log(2), rel=1e-3)
+
+
+def test_adapters_with_a_text_term_are_merged_when_saved(train, user, tmp_path):
     pytest.importorskip("peft", reason="peft is not installed")
-    out = train(user, tmp_path / "rm", lora_rank=2, lm_coef=0.5, base=str(user / "untied"), steps=6)
-    before = load_scalar_model(str(user / "untied"), head="new").state_dict()
+    out = train(tmp_path / "rm", lora_rank=2, lm_coef=0.5, base=str(user / "untied"), steps=6)
     test_plain_transformers_gives_the_same_scores(out, user)
+    before = load_scalar_model(str(user / "untied"), head="new").state_dict()
     after = load_scalar_model(str(out)).state_dict()
     assert set(after) == set(before)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert "score.weight" in changed
-    assert "model.layers.0.self_attn.q_proj.weight" in changed
+    assert {"score.weight", "model.layers.0.self_attn.q_proj.weight"} <= changed
     assert not {name for name in changed if "embed" in name or "norm" in name}
 
 
-def test_bfloat16_trains_float32_weights(user, tmp_path):
-    out = train(user, tmp_path / "rm", dtype="bfloat16", lm_coef=1.0, steps=2)
-    weights = load_scalar_model(str(out)).state_dict().values()
-    assert {weight.dtype for weight in weights} == {torch.float32}
-
-
-def test_what_does_not_go_together_is_refused(user, tmp_path):
-    with pytest.raises(ValueError, match="--lora-rank 2 and --train-layers 1: choose one"):
-        train(user, tmp_path / "a", lora_rank=2, train_layers=1)
+def test_a_budget_that_holds_no_batch_is_refused(train, tmp_path):
     with pytest.raises(ValueError, match=r"max_tokens_per_batch: got 8, needs \d+ to hold 4 pairs"):
-        train(user, tmp_path / "b", max_tokens_per_batch=8)
-    with pytest.raises(ValueError, match="--held-out: got 60, and the file has 60 usable pairs"):
-        train(user, tmp_path / "c", held_out_pairs=None, held_out=60)
+        train(tmp_path / "b", max_tokens_per_batch=8)
+
+
+def test_training_pairs_with_a_held_out_prompt_are_left_out(train, user, tmp_path):
+    both = tmp_path / "both.jsonl"
+    both.write_text((user / "train.jsonl").read_text() + (user / "valid.jsonl").read_text())
+    one = train(tmp_path / "one", pairs=both, steps=2)
+    two = train(tmp_path / "two", steps=2)
+    assert [row["pairwise_loss"] for row in read_rows(one / "metrics.jsonl")] == [
+        row["pairwise_loss"] for row in read_rows(two / "metrics.jsonl")
+    ]

@@ -87,6 +87,17 @@ def test_metrics_of_ones_own_have_panels_below(tmp_path, count):
     assert_is_a_picture(folder / "dashboard.png")
 
 
+def test_a_run_without_responses_has_a_panel_for_each_metric_and_no_other(tmp_path):
+    rows = [{"step": step, "grad_norm": 1.0 / step, "sft_loss": 3.0 / step} for step in (1, 2, 3)]
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    high = imread(draw_dashboard(write_run(tmp_path / "ppo", steps=3))).shape[0]
+    low = imread(draw_dashboard(tmp_path / "sft")).shape[0]
+    assert low == pytest.approx((1.4 + 2.5) * 150, abs=2)
+    assert low < high
+    assert_is_a_picture(tmp_path / "sft/dashboard.png")
+
+
 def test_what_cannot_be_drawn_is_named(tmp_path):
     run = write_run(tmp_path / "run", steps=2)
     with pytest.raises(FileNotFoundError, match=r"nowhere.*metrics\.jsonl"):

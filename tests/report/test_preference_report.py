@@ -116,7 +116,7 @@ def test_the_picture_from_a_folder(tmp_path, steps):
     (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with (tmp_path / "metrics.jsonl").open("w") as file:
         for step in range(1, steps + 1):
-            held = {"held_out_accuracy": 0.6} if step % 20 == 0 else {}
+            held = {"eval/accuracy": 0.6} if step % 20 == 0 else {}
             file.write(json.dumps({"step": step, "accuracy": draw.random(), **held}) + "\n")
     path = draw_preference_report(tmp_path)
     assert path == tmp_path / "reward_model.png"
