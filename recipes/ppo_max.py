@@ -66,7 +66,8 @@ def main(cfg: PPOMax) -> int:
 
     for step in run.pretraining(cfg.critic_pretrain_steps):
         with run.skipping_faults(step):
-            update_critic(shape(run.experience(step)))
+            # A KL coefficient does not move yet: the policy is still the reference.
+            update_critic(shape(run.experience(step), learn="before_forward"))
 
     for step in run.steps():
         with run.skipping_faults(step):

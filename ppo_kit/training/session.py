@@ -13,6 +13,7 @@ from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ppo_kit.data import without_prompts
 from ppo_kit.engine import ranks
 from ppo_kit.models import check_policy, check_positions, check_scalar, load_tokenizer, save_model
 from ppo_kit.models.policy import ModelModule
@@ -123,6 +124,10 @@ class Session(Loop):
         for module in readers:  # a RetokenizedReward checks its own texts
             if isinstance(module, ModelModule):
                 check_positions(module.model, longest, name=type(module).__name__)
+        written = {f"score_{each}" for each in models.rewards.components}
+        taken = written & {name for columns in self.prompts.columns for name in columns}
+        if taken:
+            raise ValueError(f"--prompts: has columns {sorted(taken)}, which rewards of these names write")
         self.sampler = Sampler(self.policy, self.tokenizer, cfg, self.engine)
         self.sampling, self.end_ids = self.sampler.sampling, self.sampler.end_ids
 
@@ -189,6 +194,8 @@ class Session(Loop):
         """
         cfg = self.settings
         dialogues = load_text(cfg, self.tokenizer, file, sandbox=self.in_sandbox) if loss.weight else None
+        if dialogues is not None and file is not None:
+            dialogues = without_prompts(dialogues, self.held_out)
         return None if dialogues is None else TextLoss(loss, dialogues, batch_size, cfg.seed)
 
     # The verbs of the loop.
