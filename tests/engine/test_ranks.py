@@ -275,10 +275,10 @@ def test_everything_else_runs_on_ranks(user, alone, tmp_path):
 
 def command(user: dict[str, Any], out: Path, **extra: Any) -> list[str]:
     settings = {**user, "engine": "deepspeed", "out": out, **extra}
-    flags = [
-        f"--{key.replace('_', '-')}" + ("" if value is True else f"={value}")
-        for key, value in settings.items()
-    ]
+    flags = []
+    for key, value in settings.items():
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        flags += [f"--{key.replace('_', '-')}", *map(str, values)]
     return [str(RECIPES / "ppo_max.py"), *flags]
 
 
