@@ -3,8 +3,8 @@
     python -m ppo_kit.memory --policy HuggingFaceTB/SmolLM2-135M-Instruct --lora-rank 16
     python -m ppo_kit.memory --policy LLAMA-7B --ranks 8 --zero-stage 3 --bf16 --device cuda
 
-Models are built of tensors without data, and one step of sampling, scoring and training is played with them
-while the bytes alive are counted; attention kernels are those of a CPU. Weights and optimizer states are
+Models are built of tensors without data, and one step of sampling, scoring and training is simulated with
+them while the bytes alive are counted; attention kernels are those of a CPU. Weights and optimizer states are
 float32, as in a run; DeepSpeed's are sharded over ranks, and bfloat16 over float32 ones with ``--bf16``.
 """
 
@@ -21,11 +21,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ppo_kit.memory.live_bytes import LiveBytes
 from ppo_kit.memory.sharding import Sharding
-from ppo_kit.memory.simulated import Cast, Workload
+from ppo_kit.memory.simulated import SimulatedStep, Workload
 
 GIB = 2**30
 FIRST_USE = 100 * 2**20
 """What a program grows by when it first computes: torch's CPU kernels, modules imported on the way."""
+
+SECONDS = 60.0
+"""The longest that a step is simulated: a recurrence in Python, of a Mamba layer, takes minutes."""
 
 
 @dataclass(frozen=True)
@@ -78,24 +81,32 @@ def estimate_memory(
     program = _resident() + FIRST_USE
     zero = sharding.zero_stage > 0
     with torch.device("meta"):
-        cast = Cast(policy, reward, work, work.dtype if zero else torch.float32)
-    with FakeTensorMode(), LiveBytes() as live:
-        cast.imagine()
-        phases = {
-            "sampling": live.extra(cast.sample),
-            "scoring": live.extra(cast.score),
-            "training": live.extra(lambda: cast.train(keep_gradients=not zero)),
-        }
-    trained, itemsize = sum(p.numel() for p in cast.trainable), cast.trainable[0].itemsize
-    items = sharding.items(cast.weights, trained, itemsize=itemsize, gpu=gpu)
+        step = SimulatedStep(policy, reward, work, work.dtype if zero else torch.float32)
+    phases, why = _phases(step, keep_gradients=not zero)
+    trained, itemsize = sum(p.numel() for p in step.trainable), step.trainable[0].itemsize
+    items = sharding.items(step.weights, trained, itemsize=itemsize, gpu=gpu)
     # Gradients are there while a step trains, alone: what else a step needs may take their place.
     gradients = sum(items[name][0] for name in ("gradients", "reduction buffers") if name in items)
     phases["training"] += gradients if zero else 0
     phase = max(phases, key=lambda name: phases[name])
-    items["activations"] = (max(0, phases[phase] - gradients), phase)
+    items["activations"] = (max(0, phases[phase] - gradients), why or phase)
     if not gpu:
         items["program"] = (program, "")
     return MemoryEstimate(items, _available(program) if gpu == torch.cuda.is_available() else None)
+
+
+def _phases(step: SimulatedStep, *, keep_gradients: bool) -> tuple[dict[str, int], str]:
+    """Peak bytes of each phase of a step, and why they are not known where it cannot be simulated."""
+    phases = {"sampling": 0, "scoring": 0, "training": 0}
+    try:
+        with FakeTensorMode(), LiveBytes(seconds=SECONDS) as live:
+            step.place()
+            phases["sampling"] = live.extra(step.sample)
+            phases["scoring"] = live.extra(step.score)
+            phases["training"] = live.extra(lambda: step.train(keep_gradients=keep_gradients))
+    except Exception as error:  # of the model's own code, which may look at data that is not there
+        return phases, f"not estimated: {type(error).__name__} in a simulated step"
+    return phases, ""
 
 
 def _resident() -> int:

@@ -1,4 +1,4 @@
-"""One step of PPO played with models that hold no data: what it makes is counted, nothing is computed."""
+"""A simulated step of PPO on fake tensors: what it makes is counted, nothing is computed."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from ppo_kit.models.load import freeze_below
 from ppo_kit.models.lora import LoRA
-from ppo_kit.models.policy import autocast, checkpoint_activations, disable_dropout
+from ppo_kit.models.policy import autocast, cache_of, checkpoint_activations, disable_dropout
 from ppo_kit.models.reading import reading
 from ppo_kit.models.source import config_source
 
@@ -36,8 +36,8 @@ class Workload:
         return replace(self, **rows)
 
 
-class Cast:
-    """The models of a run, and what happens to them in a step, all without data."""
+class SimulatedStep:
+    """The models of a run, and what happens to them in a step, on tensors without data."""
 
     def __init__(self, policy: str, reward: str | None, work: Workload, dtype: torch.dtype) -> None:
         """``dtype`` is that of the weights."""
@@ -74,7 +74,7 @@ class Cast:
         models = (self.policy, self.critic)
         return [p for model in models for p in model.parameters() if p.requires_grad]
 
-    def imagine(self) -> None:
+    def place(self) -> None:
         """Put tensors that have a device, though no data, in the place of the meta tensors of every model."""
         made: dict[int, tuple[Tensor, Tensor]] = {}  # the old one is kept, or its id would be given again
         for module in [m for model in (*self.bases, self.policy, self.critic) for m in model.modules()]:
@@ -99,18 +99,16 @@ class Cast:
     def sample(self) -> None:
         work, rows = self.work, self.work.rollout_size
         self.policy.eval()
-        cache = DynamicCache()
         with autocast(self.policy, work.dtype):
-            logits = self.policy(
-                **_inputs(rows, work.prompt_tokens), past_key_values=cache, use_cache=True, logits_to_keep=1
-            ).logits
+            out = self.policy(**_inputs(rows, work.prompt_tokens), use_cache=True, logits_to_keep=1)
             rest = (work.prompt_tokens + work.max_new_tokens) / work.prompt_tokens - 1
             grown = [
                 torch.empty(int(rest * x.nbytes), dtype=torch.uint8)
-                for layer in cache.layers
-                for x in (layer.keys, layer.values)
+                for layer in cache_of(out, self.policy.config.model_type).layers
+                for x in (getattr(layer, "keys", None), getattr(layer, "values", None))
+                if isinstance(x, Tensor)
             ]
-            last = logits[:, -1].float()
+            last = out.logits[:, -1].float()
             cumulative = torch.softmax(last.double(), -1).cumsum(-1)
             del cumulative, grown
 

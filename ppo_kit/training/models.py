@@ -125,7 +125,11 @@ def log_memory(settings: RLSettings, policy: str, rewards: Mapping[str, tuple[An
     """Print what the run needs of memory, before anything is loaded; warn where there is less."""
     models = [each.target for each, _ in rewards.values() if getattr(each, "kind", None) == "model"]
     reward = models[0] if models else None
-    estimate = estimate_memory(policy, reward, work=settings.workload, sharding=settings.sharding)
+    try:
+        estimate = estimate_memory(policy, reward, work=settings.workload, sharding=settings.sharding)
+    except Exception as error:  # an aid: what is wrong with a model is said where it is loaded
+        logger.warning("memory: not estimated: %s", str(error).split("\n")[0])
+        return
     print(f"memory: {estimate}")
     if not estimate.fits:
         logger.warning(

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaModel
 
 from ppo_kit.memory import GIB, MemoryEstimate, Workload, estimate_memory, main
 from ppo_kit.memory.live_bytes import LiveBytes
+from tests.architectures import tiny
+from tests.models.test_adapters import EXPERTS
 
 pytest.importorskip("peft", reason="peft is not installed")
 take_steps = runpy.run_path(str(Path(__file__).with_name("peak_memory.py")))["take_steps"]
@@ -84,3 +86,27 @@ def test_what_is_printed(folders, capsys):
     printed = capsys.readouterr().out
     for part in ("policy adapter", "reference 0 (adapter off)", "optimizer states", "total", "available"):
         assert part in printed
+
+
+@pytest.mark.parametrize("settings", [{}, {"dtype": torch.bfloat16}, {"lora_rank": 2}], ids=str)
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "gpt_oss", "qwen3_5_text", "gemma3_text"])
+def test_experts_and_hybrids_are_estimated(tmp_path, model_type, settings):
+    tiny(model_type, **EXPERTS.get(model_type, {})).config.save_pretrained(tmp_path)
+    items = estimate_memory(str(tmp_path), work=Workload(**{**STEP, **settings})).items
+    size, phase = items["activations"]
+    assert size > 0
+    assert phase in ("sampling", "scoring", "training")
+
+
+def test_a_step_that_cannot_be_simulated_is_said_and_stops_nobody(folders, monkeypatch, capsys):
+    policy, reward = folders("llama")
+    whole = estimate_memory(policy, reward, work=Workload(**STEP))
+    with monkeypatch.context() as patch:
+        patch.setattr("ppo_kit.memory.estimate.SECONDS", 0.0)
+        late = estimate_memory(policy, reward, work=Workload(**STEP))
+    assert late.items["activations"] == (0, "not estimated: TimeoutError in a simulated step")
+    monkeypatch.setattr(LlamaModel, "forward", lambda *_, **__: 1 / 0)
+    broken = estimate_memory(policy, reward, work=Workload(**STEP))
+    assert broken.items["activations"] == (0, "not estimated: ZeroDivisionError in a simulated step")
+    for part in ("policy", "critic", "gradients", "optimizer states"):
+        assert broken.items[part] == late.items[part] == whole.items[part]
