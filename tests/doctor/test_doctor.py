@@ -468,3 +468,13 @@ def test_the_pages_example_runs(sound, planted, capsys):
     }
     exec(compile(block, page.name, "exec"), names)
     assert "warn mine 30 prompts none" in capsys.readouterr().out
+
+
+def test_an_estimate_that_fails_is_a_warning(planted, monkeypatch):
+    def fail(*args: object, **settings: object) -> None:
+        raise KeyError("no classifier of this architecture")
+
+    monkeypatch.setattr(model_checks, "estimate_memory", fail)
+    found = finding(planted(), "memory")
+    assert found.level == "warn"
+    assert "no classifier of this architecture" in found.found
