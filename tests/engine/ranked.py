@@ -27,11 +27,17 @@ from ppo_kit.sampling import Sampling, rollout
 from ppo_kit.training import Session
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
+import dapo
+import grpo
 import ppo_max
+import remax
 import vanilla_ppo
 
 RECIPES = {
+    "dapo": (dapo.main, dapo.DAPO),
+    "grpo": (grpo.main, grpo.GRPOSettings),
     "ppo_max": (ppo_max.main, ppo_max.PPOMax),
+    "remax": (remax.main, remax.ReMaxSettings),
     "vanilla_ppo": (vanilla_ppo.main, vanilla_ppo.VanillaPPO),
 }
 PATHS = {"out", "prompts", "deepspeed_config"}

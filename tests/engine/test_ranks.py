@@ -182,6 +182,23 @@ def test_two_ranks_are_one_run(user, alone, tmp_path, stage):
     assert len(more) == 1
 
 
+def test_recipes_without_a_critic_are_one_run_too(user, tmp_path):
+    """Groups of responses, rows that are replaced, and a greedy baseline, over two ranks and on one."""
+    shared = {key: value for key, value in user.items() if key not in ("critic_lr", "critic_pretrain_steps")}
+    grouped = {"samples": 3, "rollout_size": 9, "steps": 2}
+    settings: dict[str, dict[str, Any]] = {
+        "grpo": grouped, "dapo": {**grouped, "overlong_buffer": 2}, "remax": {"steps": 2}
+    }  # fmt: skip
+    for name, own in settings.items():
+        assert ranked.do(job(shared, tmp_path / f"{name} alone", name, **own)) == 0
+    jobs = [job(shared, tmp_path / name, name, **own, **zero(user, 2)) for name, own in settings.items()]
+    assert on_ranks(jobs, tmp_path / "log") == [0] * len(jobs)
+    for name in settings:
+        found = difference(tmp_path / f"{name} alone", tmp_path / name)
+        print(name, found)
+        assert max(found["metrics"], found["weights"]) < TOLERANCE
+
+
 def test_statistics_are_over_all_ranks(user, alone, tmp_path):
     """KL controller, moments of the score and whitening, and three ranks."""
     own = tmp_path / "statistics"
