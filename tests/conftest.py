@@ -59,6 +59,12 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _no_memory_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's own message on memory takes half of a tiny run's time; tests/memory tests the estimate."""
+    monkeypatch.setattr("ppo_kit.training.session.log_memory", lambda *arguments: None)
+
+
 @pytest.fixture(scope="session")
 def save_sandbox_models() -> Callable[..., tuple[PreTrainedTokenizerBase, PreTrainedConfig]]:
     """``save_sandbox_models(folder, layers=2)``: a random ``policy`` and a ``reward`` for it, in ``folder``;
