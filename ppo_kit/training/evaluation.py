@@ -20,11 +20,16 @@ NAMES = ("score", "gold_score", "kl", "perplexity", "response_length", "truncate
 
 def held_out_metrics(parts: Sequence[TensorDictBase]) -> dict[str, float]:
     """One average over all rows of ``parts``, which may be padded to different widths."""
-    keys = ["truncated", "abstained", "old_log_probs", "ref_log_probs", "response_mask", "action_mask"]
-    scores = sorted({str(key) for part in parts for key in part.keys() if "score" in str(key)})  # noqa: SIM118
-    whole = concatenate([part.select(*keys, *scores, strict=False) for part in parts])
-    metrics = rollout_metrics(whole)
-    return {name: value for name, value in metrics.items() if name in NAMES or name in scores}
+    keys = {str(key) for part in parts for key in part.keys()}  # noqa: SIM118
+    read = {"truncated", "old_log_probs", "ref_log_probs", "response_mask", "action_mask"} & keys
+    read |= {key for key in keys if _is_score(key) or key.startswith("abstained")}
+    metrics = rollout_metrics(concatenate([part.select(*read) for part in parts]))
+    return {name: value for name, value in metrics.items() if name in NAMES or _is_score(name)}
+
+
+def _is_score(key: str) -> bool:
+    """Whether ``key`` is the score, the gold reward, or a component of the score."""
+    return key in ("score", "gold_score") or key.startswith("score_")
 
 
 def unscored(batch: TensorDictBase) -> TensorDictBase:
@@ -51,7 +56,7 @@ def samples_of(
     ]
     for key, value in head.items():
         if isinstance(value, Tensor):
-            told = key in ("score", "gold_score", "truncated", "abstained") or str(key).startswith("score_")
+            told = key in ("truncated", "abstained") or _is_score(str(key))
         else:
             told = key != "messages"
         for row, each in zip(rows, value.tolist() if told else (), strict=False):

@@ -129,6 +129,17 @@ def test_a_row_that_a_reward_abstains_on_teaches_nothing_and_is_counted(brought,
     assert row["response_length"] == pytest.approx(float(batch["response_mask"].sum(1).float().mean()))
 
 
+def test_an_evaluation_leaves_out_what_a_watched_reward_abstains_on(brought, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "def choosy(prompts, responses, batch):\n"
+        "    return [None if index % 2 else 3.0 for index in range(len(responses))]\n"
+    )
+    reward = (f"model={brought['reward'][0]}", f"choosy={file}:choosy@0")
+    run = Session(PPOSettings(**{**brought, "reward": reward, "out": tmp_path / "run"}))
+    assert run.evaluate()["score_choosy"] == pytest.approx(3.0)
+
+
 def test_several_responses_answer_one_prompt(brought, tmp_path):
     cfg = RLSettings(**{**brought, "samples": 4, "steps": 1, "out": tmp_path / "run"})
     batch = train(Session(cfg, critic=False))[0]
