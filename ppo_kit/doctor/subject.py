@@ -6,14 +6,15 @@ import dataclasses
 from functools import cached_property
 from typing import Any
 
-from tensordict import NonTensorStack, TensorDictBase
+from tensordict import TensorDictBase
 from transformers import PreTrainedTokenizerBase
 
-from ppo_kit.data import Prompts, end_ids, load_prompts, pad_prompts, split_rows
+from ppo_kit.data import Prompts, end_ids, load_prompts, split_rows
 from ppo_kit.engine import Engine, EngineSettings, LocalEngine
 from ppo_kit.models import load_tokenizer
 from ppo_kit.sampling import Sampling, rollout, row_seed
-from ppo_kit.training.models import Models, load_models, reward_sources
+from ppo_kit.training.models import Models, load_models, reward_models, reward_sources
+from ppo_kit.training.sampler import prompt_batch
 from ppo_kit.training.settings import RLSettings
 
 ROWS = 8
@@ -53,7 +54,7 @@ class Subject:
     @cached_property
     def reward_models(self) -> dict[str, str]:
         """{name of a reward that is a model: its folder or Hub id}."""
-        return {name: each.target for name, (each, _) in self.rewards.items() if _kind(each) == "model"}
+        return reward_models(self.rewards)
 
     @cached_property
     def reward_tokenizers(self) -> dict[str, PreTrainedTokenizerBase]:
@@ -106,8 +107,7 @@ class Subject:
 
     @cached_property
     def sampling(self) -> Sampling:
-        on = self.settings
-        return Sampling(on.max_new_tokens, on.top_p, on.top_k, on.repetition_penalty, stop=on.stop)
+        return self.settings.sampling
 
     @cached_property
     def end_ids(self) -> tuple[int, ...]:
@@ -119,10 +119,7 @@ class Subject:
         """One response to each of ``ROWS`` prompts that are trained on, as the run's first step samples."""
         prompts, seed = self.split[0], self.settings.seed
         rows = prompts.batch(0, ROWS, seed)
-        starts = pad_prompts([prompts[row] for row in rows], self.end_ids[0])
-        starts["messages"] = NonTensorStack(*[prompts.messages[row] for row in rows])
-        for name in dict.fromkeys(name for row in rows for name in prompts.columns[row]):
-            starts[name] = NonTensorStack(*[prompts.columns[row].get(name) for row in rows])
+        starts = prompt_batch(prompts, rows, self.end_ids[0])
         policy = self.models.policy
         with self.engine.generating(policy):
             return rollout(

@@ -43,7 +43,8 @@ class Loop:
         self.engine: Engine = start_engine(settings)
         self.run = Run(settings, name, self.engine, inputs=inputs)
         self.watch = Stopwatch()
-        self._state: dict[str, Stateful] = {"best": _Best()}
+        self._best = _Best()
+        self._state: dict[str, Stateful] = {"best": self._best}
         self._optimizers: dict[str, Optimizer] = {}
         self._updates: list[tuple[Update, dict[str, nn.Module], dict[str, float]]] = []
         self._planned: Counter[str] = Counter()
@@ -145,7 +146,7 @@ class Loop:
         used = {name: each for name, each in models.items() if set(each.out_keys) & set(objective.in_keys)}
         if not used:
             raise ValueError(f"update: no model writes any of {objective.in_keys}, which the losses read")
-        update = Update(list(used.values()), losses, engine=self.engine, watch=self.watch, **settings)
+        update = Update(list(used.values()), [objective], engine=self.engine, watch=self.watch, **settings)
         self._updates.append((update, used, rates))
         self._planned.update(dict.fromkeys(used, optimizer_steps))
         return update
@@ -176,14 +177,13 @@ class Loop:
 
     def _is_best(self) -> bool:
         """Whether the evaluation of the step that is saved is the best so far."""
-        name, best = self.settings.keep_best, self._state["best"]
-        assert isinstance(best, _Best)
+        name = self.settings.keep_best
         if name is None or not self._evaluated:
             return False
         if name not in self._evaluated:
             raise ValueError(f"--keep-best: got {name!r}, needs one of {sorted(self._evaluated)}")
         value = self._evaluated[name]
-        return best.improves(-value if name.endswith(SMALLER_IS_BETTER) else value)
+        return self._best.improves(-value if name.endswith(SMALLER_IS_BETTER) else value)
 
 
 class _Best:

@@ -121,10 +121,18 @@ def inputs_of(policy: Any, rewards: Mapping[str, tuple[Any, float]], prompts: An
     }
 
 
+def reward_models(rewards: Mapping[str, tuple[Any, float]]) -> dict[str, str]:
+    """{name of a reward that is a model of the user's own: its folder or Hub id}."""
+    return {
+        name: source.target
+        for name, (source, _) in rewards.items()
+        if isinstance(source, RewardSpec) and source.kind == "model"
+    }
+
+
 def log_memory(settings: RLSettings, policy: str, rewards: Mapping[str, tuple[Any, float]]) -> None:
     """Print what the run needs of memory, before anything is loaded; warn where there is less."""
-    models = [each.target for each, _ in rewards.values() if getattr(each, "kind", None) == "model"]
-    reward = models[0] if models else None
+    reward = next(iter(reward_models(rewards).values()), None)
     try:
         estimate = estimate_memory(policy, reward, work=settings.workload, sharding=settings.sharding)
     except Exception as error:  # an aid: what is wrong with a model is said where it is loaded

@@ -29,13 +29,7 @@ class Sampler:
         self, policy: Policy, tokenizer: PreTrainedTokenizerBase, settings: RLSettings, engine: Engine
     ) -> None:
         self.policy, self.tokenizer, self.engine, self.seed = policy, tokenizer, engine, settings.seed
-        self.sampling = Sampling(
-            settings.max_new_tokens,
-            settings.top_p,
-            settings.top_k,
-            settings.repetition_penalty,
-            stop=settings.stop,
-        )
+        self.sampling = settings.sampling
         self.end_ids = end_ids(tokenizer, getattr(policy.model, "generation_config", None))
         _warn_of_filters(self.sampling)
 
@@ -47,12 +41,9 @@ class Sampler:
         The batch also holds the prompts' dialogues (``messages``) and columns, and ``group_id``, the place of
         a row among ``rows``. Run seed, ``key`` and that place decide the random numbers of a row.
         """
-        starts = pad_prompts([prompts[row] for row in rows], self.end_ids[0])
+        starts = prompt_batch(prompts, rows, self.end_ids[0])
         size = len(rows)
         starts["row"], starts["num_rows"] = torch.arange(size), torch.full((size,), size)
-        starts["messages"] = NonTensorStack(*[prompts.messages[row] for row in rows])
-        for name in dict.fromkeys(name for row in rows for name in prompts.columns[row]):
-            starts[name] = NonTensorStack(*[prompts.columns[row].get(name) for row in rows])
         starts = ranks.share(starts).to(self.engine.device)
         seeds = [row_seed(self.seed, key[0], row, *key[1:]) for row in starts["row"].tolist()]
         with self.engine.generating(self.policy):
@@ -64,6 +55,15 @@ class Sampler:
                 seeds=seeds,
                 tokenizer=self.tokenizer,
             )
+
+
+def prompt_batch(prompts: Prompts, rows: Sequence[int], pad_id: int) -> TensorDictBase:
+    """The ``rows`` of ``prompts`` as a batch: their ids, their dialogues (``messages``), their columns."""
+    starts = pad_prompts([prompts[row] for row in rows], pad_id)
+    starts["messages"] = NonTensorStack(*[prompts.messages[row] for row in rows])
+    for name in dict.fromkeys(name for row in rows for name in prompts.columns[row]):
+        starts[name] = NonTensorStack(*[prompts.columns[row].get(name) for row in rows])
+    return starts
 
 
 def gathered(batch: TensorDictBase) -> TensorDictBase:

@@ -255,11 +255,16 @@ class Session(Loop):
             NotFinite: a log-probability, value or score is not finite.
         """
         with self.watch("score"):
-            if self.reference is not None:
-                batch = self.reference(batch)
             if self.critic is not None:
                 batch = self.critic(batch).rename_key_("values", "old_values")
-            return check_finite(unscored(gathered(self.rewards(batch))))
+            return check_finite(self._scored(batch))
+
+    @torch.no_grad()
+    def _scored(self, batch: TensorDictBase) -> TensorDictBase:
+        """ref_log_probs and the scores of this rank's rows, then the rows of every rank."""
+        if self.reference is not None:
+            batch = self.reference(batch)
+        return unscored(gathered(self.rewards(batch)))
 
     def log(self, step: int, batch: TensorDictBase, metrics: dict[str, float]) -> None:
         """Log the rollout's metrics and those of the update, and the first responses as text."""
@@ -276,10 +281,7 @@ class Session(Loop):
         parts = []
         for index in range(0, count, size):
             batch = self.sampler(self.held_out, rows[index : index + size], (-(10**6) - index,))
-            with torch.no_grad():
-                if self.reference is not None:
-                    batch = self.reference(batch)
-                parts.append(unscored(gathered(self.rewards(batch))))
+            parts.append(self._scored(batch))
         return held_out_metrics(parts) if parts else {}
 
     def check_models(self) -> None:

@@ -14,6 +14,7 @@ from ppo_kit.engine import EngineSettings, Schedule, ranks
 from ppo_kit.engine.zero_config import zero_config
 from ppo_kit.memory import Workload
 from ppo_kit.memory.sharding import Sharding
+from ppo_kit.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,11 @@ class SamplingSettings:
     """Repetition penalty (report: 1.1). Other than 1, sampling and scoring differ and the run says so."""
     stop: tuple[str, ...] = ()
     """Texts that end a response, beside the end tokens of tokenizer, template and model."""
+
+    @property
+    def sampling(self) -> Sampling:
+        """What the decoding loop needs of it; the temperature is the policy's."""
+        return Sampling(self.max_new_tokens, self.top_p, self.top_k, self.repetition_penalty, stop=self.stop)
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,8 @@ class Update:
             out = check_finite(self.losses(piece), of=piece)
             self.engine.backward(total_loss(out))
             averages.add_shares(out, piece, of=self.losses)
-            own.add_shares(out.select("approx_kl", strict=False), piece)
+            if self.target_kl is not None:
+                own.add_shares(out.select("approx_kl", strict=False), piece)
         if self.target_kl is None:
             return True
         measured = own.means(reduce=self.engine.reduce)
