@@ -1,12 +1,12 @@
-"""One rank of the runs that test_ranks.py compares: ``torchrun ranked.py JOBS.json``, a list of jobs in turn.
+"""One rank of the runs that test_ranks.py compares: a list of jobs in turn, in a fork or in the test itself.
 
-A job is ``{"recipe", "settings", "change"}``; see CHANGES. Importable, so that a test can do the same job in
-its own process.
+A job is ``{"recipe", "settings", "change"}``; see CHANGES.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -44,11 +44,26 @@ PATHS = {"out", "prompts", "deepspeed_config"}
 
 
 def do(job: dict[str, Any]) -> int:
+    """What the recipe's main returns; where the job ``resumes`` a run, in a copy without its last step."""
     main, kind = RECIPES[job["recipe"]]
+    if "resumes" in job:
+        ranks.from_main(lambda: rewind(Path(job["resumes"]), Path(job["settings"]["out"])))
     settings = {key: Path(value) if key in PATHS else value for key, value in job["settings"].items()}
-    # Half of a tiny run's time is the estimate of its memory.
-    with mock.patch("ppo_kit.training.session.log_memory"), CHANGES[job.get("change", "none")]():
+    # The memory estimate and the pictures take most of a tiny run's time.
+    with (
+        mock.patch("ppo_kit.training.session.log_memory"),
+        mock.patch("ppo_kit.run.run.draw_dashboard"),
+        CHANGES[job.get("change", "none")](),
+    ):
         return main(kind(**settings))
+
+
+def rewind(run: Path, to: Path) -> None:
+    """Copy a run to what it was when only its checkpoint of step 2 was there."""
+    shutil.copytree(run, to)
+    (to / "checkpoints/latest").write_text("step-000002\n")
+    shutil.rmtree(to / "checkpoints/step-000003")
+    shutil.rmtree(to / "policy")
 
 
 @contextmanager
@@ -158,16 +173,16 @@ def first(job: dict[str, Any]) -> list[str]:
     return (folder / "who").read_text().splitlines()
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    jobs = json.loads(Path(sys.argv[1]).read_text())
+def do_all(jobs: list[dict[str, Any]], answers: Path) -> None:
+    """One rank's part of the jobs; rank 0 appends what each returns to ``answers``, a line of JSON each."""
     torch.distributed.init_process_group("gloo")
-    for number, job in enumerate(jobs):
-        own: dict[str, Callable[[dict[str, Any]], Any]] = {
-            "lengths": lengths, "other weights": other_weights, "first": first
-        }  # fmt: skip
+    own: dict[str, Callable[[dict[str, Any]], Any]] = {
+        "lengths": lengths, "other weights": other_weights, "first": first
+    }  # fmt: skip
+    for job in jobs:
         result = own.get(job["recipe"], do)(job)
         if ranks.is_main():
-            print(f"JOB {number} {json.dumps(result)}", flush=True)
+            with answers.open("a") as file:
+                file.write(json.dumps(result) + "\n")
     ranks.barrier()
     torch.distributed.destroy_process_group()

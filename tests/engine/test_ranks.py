@@ -1,4 +1,6 @@
-"""One run, on one rank and on two: the same numbers, for every ZeRO stage. Real processes, over gloo."""
+"""One run, on one rank and on two: the same numbers, for every ZeRO stage. Real processes, over gloo: forks,
+and where a launcher matters (signals, a rank that fails, DeepSpeed's own launcher) new interpreters under it.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from transformers import AutoModelForSequenceClassification
 from ppo_kit.models import save_model
 from ppo_kit.sandbox import sandbox_tokenizer
 from ppo_kit.sandbox.world import PROMPT_OF
+from tests.forked import fork_ranks, wait_for_ranks
 
 pytest.importorskip("deepspeed", reason="pip install 'ppo-kit[deepspeed]'")
 sys.path.insert(0, str(Path(__file__).parent))
@@ -28,7 +32,7 @@ import ranked
 
 TIMINGS = {"tokens_per_second", "seconds_rollout", "seconds_score", "seconds_train"}
 TOLERANCE = 2e-5
-"""Relative and absolute, of metrics and of weights after five steps. Measured: see docs/scale.md."""
+"""Relative and absolute, of metrics and of weights after a few steps. Measured: see docs/scale.md."""
 RECIPES = Path(ranked.ppo_max.__file__).parent
 
 
@@ -56,14 +60,14 @@ def user(save_sandbox_models, tmp_path_factory: pytest.TempPathFactory) -> dict[
         "policy": str(folder / "policy"),
         "reward": [str(folder / "reward")],
         "prompts": str(folder / "prompts.jsonl"),
-        "steps": 5,
+        "steps": 3,
         "rollout_size": 7,
         "minibatch_size": 3,
         "micro_batch_size": 1,
         "epochs": 2,
-        "max_new_tokens": 10,
-        "held_out": 5,
-        "critic_pretrain_steps": 2,
+        "max_new_tokens": 6,
+        "held_out": 3,
+        "critic_pretrain_steps": 1,
         "lr": 1e-3,
         "critic_lr": 1e-3,
     }
@@ -111,13 +115,11 @@ def wait(process: subprocess.Popen[str], folder: Path, limit: float = 240) -> tu
 def on_ranks(jobs: list[dict], folder: Path, ranks: int = 2) -> list[Any]:
     """What the jobs return on ``ranks`` ranks."""
     folder.mkdir(exist_ok=True)
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    status, log = wait(launch([ranked.__file__, str(folder / "jobs.json")], ranks, folder), folder)
-    assert status == 0, log[-6000:]
-    lines = [line.split(" ", 2)[2] for line in log.splitlines() if line.startswith("JOB ")]
-    assert len(lines) == len(jobs), log[-6000:]
+    answers = folder / "answers.jsonl"
+    do = partial(ranked.do_all, jobs, answers)
+    wait_for_ranks(fork_ranks(do, ranks, folder, TORCH_EXTENSIONS_DIR=str(folder / "compiled")), timeout=240)
     assert not (folder / "compiled").exists(), "something was compiled"
-    return [json.loads(line) for line in lines]
+    return [json.loads(line) for line in answers.read_text().splitlines()]
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
@@ -143,43 +145,70 @@ def difference(one: Path, two: Path) -> dict[str, float]:
     return {"metrics": worst, "weights": off, "steps": len(rows)}
 
 
+def assert_close(one: Path, two: Path, steps: int) -> dict[str, float]:
+    """Two runs of so many steps that differ by rounding; their differences, which are printed."""
+    found = difference(one, two)
+    print(two.name, found)
+    assert found["steps"] == steps
+    assert max(found["metrics"], found["weights"]) < TOLERANCE, (two.name, found)
+    return found
+
+
 @pytest.fixture(scope="module")
 def alone(user: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The runs of one process, by plain torch."""
     folder = tmp_path_factory.mktemp("alone")
-    ranked.do(job(user, folder / "plain", checkpoint_every=3))
+    ranked.do(job(user, folder / "plain", checkpoint_every=2))
     ranked.do(job(user, folder / "faults", change="faults", skip_faults=2))
     ranked.do(job(user, folder / "statistics", change="statistics"))
     return folder
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+RESUMED = {0: [], 1: ["1 to 1", "1 to 0"], 2: [], 3: ["3 to 3", "3 to 2", "local to 3"]}
+
+
+@pytest.mark.parametrize("stage", RESUMED)
 def test_two_ranks_are_one_run(user, alone, tmp_path, stage):
-    own = lambda name: tmp_path / f"{name}{stage}"  # noqa: E731
+    """And a checkpoint knows no ranks: bit for bit on the same ranks and stage, else as close as the runs."""
+    own = {name: tmp_path / name for name in ("plain", "faults")}
+    runs = {name: alone / "plain" if name.startswith("local") else own["plain"] for name in RESUMED[stage]}
+    resumptions = [
+        {
+            **job(user, tmp_path / name, resume=True, checkpoint_every=2, **zero(user, int(name[-1]))),
+            "resumes": str(run),
+        }
+        for name, run in runs.items()
+    ]
     results = on_ranks(
         [
-            job(user, own("plain"), checkpoint_every=3, **zero(user, stage)),
-            job(user, own("faults"), change="faults", skip_faults=2, **zero(user, stage)),
+            job(user, own["plain"], checkpoint_every=2, **zero(user, stage)),
+            job(user, own["faults"], change="faults", skip_faults=2, **zero(user, stage)),
             {"recipe": "lengths", "settings": {**user, **zero(user, stage)}},
             {"recipe": "other weights", "settings": {**user, **zero(user, stage)}},
+            *resumptions,
         ],
         tmp_path / "log",
     )
-    assert results[:2] == [0, 0]
+    assert [*results[:2], *results[4:]] == [0] * (2 + len(resumptions))
     lengths, held = results[2]
     assert lengths[0] == 1 < lengths[1], "rank 0 ended first, and nothing hung"
     assert (held == 0) == (stage == 3)
     assert results[3] < 1e-4, "weights that were loaded compute"
-    found = {name: difference(alone / name, own(name)) for name in ("plain", "faults")}
-    print(f"stage {stage}: {found}")
-    assert found["plain"]["steps"] == 5
-    assert found["faults"]["steps"] == 3
-    for each in found.values():
-        assert each["metrics"] < TOLERANCE
-        assert each["weights"] < TOLERANCE
-    (file, *more) = sorted((own("faults") / "faults").iterdir())
+    for name, steps in (("plain", 3), ("faults", 1)):
+        assert_close(alone / name, own[name], steps=steps)
+    (file, *more) = sorted((own["faults"] / "faults").iterdir())
     assert file.name == "step-000002.safetensors"
     assert len(more) == 1
+
+    if stage == 3:
+        back = job(user, tmp_path / "3 to local", resume=True, checkpoint_every=2)
+        assert ranked.do({**back, "resumes": str(own["plain"])}) == 0
+        runs["3 to local"] = own["plain"]
+    for name, run in runs.items():
+        found = assert_close(run, tmp_path / name, steps=3)
+        if name == f"{stage} to {stage}":
+            assert metrics(run) == metrics(tmp_path / name)
+            assert found["weights"] == 0
 
 
 def test_recipes_without_a_critic_are_one_run_too(user, tmp_path):
@@ -194,9 +223,7 @@ def test_recipes_without_a_critic_are_one_run_too(user, tmp_path):
     jobs = [job(shared, tmp_path / name, name, **own, **zero(user, 2)) for name, own in settings.items()]
     assert on_ranks(jobs, tmp_path / "log") == [0] * len(jobs)
     for name in settings:
-        found = difference(tmp_path / f"{name} alone", tmp_path / name)
-        print(name, found)
-        assert max(found["metrics"], found["weights"]) < TOLERANCE
+        assert_close(tmp_path / f"{name} alone", tmp_path / name, steps=2)
 
 
 def test_statistics_are_over_all_ranks(user, alone, tmp_path):
@@ -210,52 +237,9 @@ def test_statistics_are_over_all_ranks(user, alone, tmp_path):
     assert status == 0
     assert who[0] == "0 first: True, of 1"
     assert sorted(who[1:]) == ["1 first: False, of 1", "2 first: False, of 1"]
-    found = difference(alone / "statistics", own)
-    assert max(found["metrics"], found["weights"]) < TOLERANCE
+    assert_close(alone / "statistics", own, steps=3)
     coefs = [row["kl_coef"] for row in metrics(own)]
     assert len(set(coefs)) > 1, "the controller moved"
-
-
-def rewound(run: Path, to: Path) -> str:
-    """A copy of the run as it was when only its checkpoint of step 3 was there."""
-    shutil.copytree(run, to)
-    (to / "checkpoints/latest").write_text("step-000003\n")
-    shutil.rmtree(to / "checkpoints/step-000005")
-    shutil.rmtree(to / "policy")
-    return str(to)
-
-
-def test_a_checkpoint_knows_no_ranks(user, alone, tmp_path):
-    """Bit for bit on the same ranks and stage; else as close as the runs are."""
-    whole = {stage: tmp_path / f"whole{stage}" for stage in (1, 3)}
-    on_ranks(
-        [job(user, out, checkpoint_every=3, **zero(user, stage)) for stage, out in whole.items()],
-        tmp_path / "first",
-    )
-    resumptions = {
-        "1 to 1": (whole[1], zero(user, 1)),
-        "3 to 3": (whole[3], zero(user, 3)),
-        "3 to 2": (whole[3], zero(user, 2)),
-        "1 to 0": (whole[1], zero(user, 0)),
-        "local to 3": (alone / "plain", zero(user, 3)),
-    }
-    jobs = []
-    for name, (run, settings) in resumptions.items():
-        out = rewound(run, tmp_path / name)
-        jobs.append(job(user, Path(out), resume=True, checkpoint_every=3, **settings))
-    assert on_ranks(jobs, tmp_path / "second") == [0] * len(jobs)
-    out = rewound(whole[3], tmp_path / "3 to local")
-    assert ranked.do(job(user, Path(out), resume=True, checkpoint_every=3)) == 0
-
-    for name, (run, _) in {**resumptions, "3 to local": (whole[3], {})}.items():
-        found = difference(run, tmp_path / name)
-        print(name, found)
-        assert found["steps"] == 5
-        if name in ("1 to 1", "3 to 3"):
-            assert metrics(run) == metrics(tmp_path / name)
-            assert found["weights"] == 0
-        else:
-            assert max(found["metrics"], found["weights"]) < TOLERANCE
 
 
 def test_everything_else_runs_on_ranks(user, alone, tmp_path):
@@ -274,20 +258,18 @@ def test_everything_else_runs_on_ranks(user, alone, tmp_path):
         "another tokenizer": zero(user, 3, reward=[str(Path(user["policy"]).with_name("theirs"))]),
         "a JSON of their own": zero(user, None, deepspeed_config=str(tmp_path / "own.json")),
     }  # fmt: skip
-    jobs = [job(user, tmp_path / name, steps=2, **settings) for name, settings in variants.items()]
+    jobs = [job(user, tmp_path / name, steps=1, **settings) for name, settings in variants.items()]
     own = {"engine", "zero_stage", "offload", "gradient_checkpointing", "deepspeed_config"}
     assert on_ranks(jobs, tmp_path / "log") == [0] * len(jobs)
     for name, settings in variants.items():
         same = {key: value for key, value in settings.items() if key not in own}
-        ranked.do(job(user, tmp_path / f"{name}, alone", steps=2, **same))
+        ranked.do(job(user, tmp_path / f"{name}, alone", steps=1, **same))
         if "lora_rank" in settings:
             assert metrics(tmp_path / name)[-1] == pytest.approx(
                 metrics(tmp_path / f"{name}, alone")[-1], rel=1e-4, abs=TOLERANCE
             )
             continue
-        found = difference(tmp_path / f"{name}, alone", tmp_path / name)
-        print(name, found)
-        assert max(found["metrics"], found["weights"]) < TOLERANCE, name
+        assert_close(tmp_path / f"{name}, alone", tmp_path / name, steps=1)
 
 
 def command(user: dict[str, Any], out: Path, **extra: Any) -> list[str]:
@@ -303,17 +285,19 @@ def children(process: int) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks in /proc")
 def test_a_signal_to_one_rank_ends_all_after_the_same_step(user, tmp_path):
     out = tmp_path / "run"
-    process = launch(command(user, out, steps=10_000), 2, tmp_path)
+    settings = {**user, "engine": "deepspeed", "out": str(out), "steps": 10_000}
+    processes = fork_ranks(partial(ranked.do_all, [job(settings, out)], tmp_path / "answers"), 2, tmp_path)
     deadline = time.monotonic() + 120
     while not ((out / "metrics.jsonl").exists() and len(metrics(out)) >= 2):
-        assert process.poll() is None, (tmp_path / "log").read_text()
+        assert not any(process.poll() for process in processes), processes[0].printed()
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    os.kill(children(process.pid)[-1], signal.SIGTERM)
-    _, log = wait(process, tmp_path, limit=60)
+    processes[1].send_signal(signal.SIGTERM)
+    wait_for_ranks(processes, timeout=60)
+    log = "".join(processes[0].printed())
+    assert json.loads((tmp_path / "answers").read_text()) == 128 + signal.SIGTERM
     last = metrics(out)[-1]["step"]
     assert f"Interrupted after step {last} of 10000" in log
     assert (out / "checkpoints/latest").read_text() == f"step-{last:06d}\n"
