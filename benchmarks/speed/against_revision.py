@@ -1,0 +1,141 @@
+"""Two checkouts of this project in lockstep: how much faster is this one?
+
+    python benchmarks/speed/against_revision.py --against 8d5ec64
+    python benchmarks/speed/against_revision.py --against ../other-checkout --cases a d --iterations 15
+
+Both run the same recipe on the same models, prompts and seed, an iteration each in turn, one thread each.
+Prints the other's CPU seconds over this one's (above 1: this one is faster): the median of pairs and its
+quartiles, and the peak of memory. ``--against .`` measures the noise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import tyro
+from lockstep.cases import CASES, Case
+from lockstep.models import case_folder
+from lockstep.summary import paired_ratio
+from lockstep.turns import Worker
+
+HERE = Path(__file__).resolve().parents[2]
+PARTS = ("seconds_rollout", "seconds_score", "seconds_train")
+
+
+@dataclass(frozen=True)
+class Settings:
+    against: str
+    """A folder with another checkout, or a git revision of this one."""
+    cases: tuple[str, ...] = ("a", "b", "c", "d")
+    """Of lockstep/cases.py: a, b, c, c16, d, e, lora."""
+    iterations: int | None = None
+    """Pairs of iterations that are timed, after one that is not; each case has its own default."""
+    settings: tuple[str, ...] = ()
+    """Settings of the recipe, name=value as JSON, for this checkout alone: temperature=0.7."""
+    out: Path | None = None
+    """Write all iterations there as JSON."""
+
+
+@contextlib.contextmanager
+def checkout(against: str) -> Iterator[Path]:
+    """The folder of a checkout: the one named, or a temporary one of a git revision."""
+    if Path(against).is_dir():
+        yield Path(against).resolve()
+        return
+    git = ["git", "-C", str(HERE)]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary, "checkout")
+        subprocess.run([*git, "worktree", "add", "--detach", str(folder), against], check=True)
+        try:
+            yield folder
+        finally:
+            subprocess.run([*git, "worktree", "remove", "--force", str(folder)], check=True)
+
+
+def our_worker(name: str, root: Path, case: Case, runs: Path, **changes: Any) -> Worker:
+    """A worker that runs the case's recipe of the checkout ``root``."""
+    models = case_folder(case)
+    settings = {
+        "policy": str(models / "policy"),
+        "reward": [str(models / "reward")],
+        "prompts": str(models / "prompts.jsonl"),
+        "held_out": 0,
+        "steps": 10**6,
+        "out": str(runs / name),
+        "rollout_size": case.batch,
+        "minibatch_size": case.minibatch,
+        "micro_batch_size": case.minibatch,
+        "max_new_tokens": case.longest,
+        "lr": 1e-7,
+        "critic_lr": 1e-7,
+        **case.settings,
+        **changes,
+    }
+    worker = str(Path(__file__).parent / "lockstep" / "our_worker.py")
+    command = [sys.executable, worker, str(root / "recipes" / f"{case.recipe}.py"), json.dumps(settings)]
+    made = Worker(name, command, runs / f"{name}.log", {"PYTHONPATH": str(root)})
+    if Path(made.about["package"]) != root / "ppo_kit":
+        raise RuntimeError(f"{name}: imported {made.about['package']}, needs {root / 'ppo_kit'}")
+    return made
+
+
+def measure(case: Case, other: Path, iterations: int, changes: dict[str, Any]) -> dict[str, list[Any]]:
+    """{"this": answers, "other": answers} of ``iterations`` pairs, the first one of each pair in turn."""
+    with tempfile.TemporaryDirectory() as runs, contextlib.ExitStack() as stack:
+        workers = {}
+        for name, root, own in (("this", HERE, changes), ("other", other, {})):
+            workers[name] = our_worker(name, root, case, Path(runs), **own)
+            stack.callback(workers[name].close)
+        for worker in workers.values():
+            worker.iterate()
+        answers: dict[str, list[Any]] = {name: [] for name in workers}
+        for index in range(iterations):
+            order = list(workers) if index % 2 else list(workers)[::-1]
+            for name in order:
+                answers[name].append(workers[name].iterate(reset_peak=index == 0))
+        for name, worker in workers.items():
+            answers[name][0]["import_mib"] = worker.about["import_mib"]
+        return answers
+
+
+def row(name: str, answers: dict[str, list[Any]]) -> str:
+    """A line of the table."""
+    cpu = {who: [each["cpu"] for each in found] for who, found in answers.items()}
+    cells = [f"{name:5s}", f"{paired_ratio(cpu['other'], cpu['this'])!s:22s}"]
+    cells += [f"{median(cpu['other']):7.2f} {median(cpu['this']):7.2f}"]
+    for part in PARTS:
+        seconds = {
+            who: median([each.get(part, float("nan")) for each in found]) for who, found in answers.items()
+        }
+        cells.append(f"{seconds['other'] / seconds['this']:5.2f}")
+    peak = {who: max(each["peak_mib"] for each in found) for who, found in answers.items()}
+    cells.append(f"{peak['other']:6.0f} {peak['this']:6.0f}")
+    tokens = {who: sum(each.get("tokens", 0) for each in found) for who, found in answers.items()}
+    note = "" if tokens["this"] == tokens["other"] else f"  response tokens differ: {tokens}"
+    return "  ".join(cells) + note
+
+
+def main(cfg: Settings) -> None:
+    changes = {name: json.loads(value) for name, value in (each.split("=", 1) for each in cfg.settings)}
+    results = {}
+    with checkout(cfg.against) as other:
+        print("case   other/this, CPU seconds   other    this  rollout score train  peak MiB: other, this")
+        for name in cfg.cases:
+            case = CASES[name]
+            results[name] = measure(case, other, cfg.iterations or case.iterations, changes)
+            print(row(name, results[name]), flush=True)
+    if cfg.out is not None:
+        cfg.out.write_text(json.dumps({"settings": asdict(cfg) | {"out": None}, "cases": results}, indent=1))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))
