@@ -42,12 +42,15 @@ def sandbox_prompts(tokenizer: PreTrainedTokenizerBase, *, seed: int) -> tuple[P
     return _encode(tokenizer, train), _encode(tokenizer, held_out)
 
 
-def sandbox_dialogues(tokenizer: PreTrainedTokenizerBase, *, size: int, seed: int) -> Dialogues:
-    """``size`` demonstrations of mixed quality (``world.sft_answer``) for the training prompts."""
+def sandbox_dialogues(
+    tokenizer: PreTrainedTokenizerBase, *, size: int, seed: int, held_out: bool = False
+) -> Dialogues:
+    """``size`` demonstrations of mixed quality (``world.sft_answer``) for the training prompts, or the
+    ``held_out`` ones."""
     rng = random.Random(seed)
     encoder = Encoder(tokenizer, max_tokens=MAX_PROMPT_TOKENS + MAX_NEW_TOKENS)
     items: list[Answered] = []
-    for prompt in rng.choices(split_prompts(seed)[0], k=size):
+    for prompt in rng.choices(split_prompts(seed)[held_out], k=size):
         answer = {"role": "assistant", "content": sft_answer(prompt, rng)}
         items.append(encoder.answered({"messages": [*_messages(prompt), answer]}))
     return Dialogues(items)

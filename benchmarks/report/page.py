@@ -1,0 +1,86 @@
+"""The pictures of the figures, and the page that shows them with their verdicts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from figures import Figure
+from PIL import Image
+
+from ppo_kit.report import draw_comparison
+
+MOST_BYTES = 200_000
+REASONS = Path(__file__).parent / "reasons.json"
+"""{figure number: why the sandbox and the report may differ}: written by hand, after the runs."""
+
+
+def draw(figure: Figure, groups: Mapping[str, Sequence[Path]], pages: Path) -> Path:
+    """Draw the figure's panels, one line per variant with the range over seeds, in at most 200 kB."""
+    path = pages / f"figure_{figure.number:02d}.png"
+    draw_comparison(groups, path, panels=figure.panels, title=f"Figure {figure.number}: {figure.title}")
+    with Image.open(path) as image:
+        # Lines on white need few colours; a palette makes the file three times smaller.
+        small = image.convert("RGB").resize((1200, round(1200 * image.height / image.width)))
+    small.quantize(96).save(path, optimize=True)
+    if path.stat().st_size > MOST_BYTES:
+        raise ValueError(f"{path}: {path.stat().st_size} bytes, needs at most {MOST_BYTES}")
+    return path
+
+
+def write_page(pages: Path) -> Path:
+    """Write ``index.md`` from every ``figure_NN.json`` in ``pages``."""
+    results = [json.loads(file.read_text()) for file in sorted(pages.glob("figure_*.json"))]
+    reasons = json.loads(REASONS.read_text()) if REASONS.exists() else {}
+    lines = [
+        "# The report's figures, rebuilt in the sandbox",
+        "",
+        "Each figure of *Secrets of RLHF Part I: PPO* that can be rebuilt here: what varies, what the report "
+        "claims, and whether the sandbox agrees. A claim is one number per seed. It **agrees** if the 95 % "
+        "bootstrap interval of its mean over seeds lies where the claim puts it, **disagrees** if the whole "
+        "interval lies outside, and is **unclear** otherwise. The rules, in `benchmarks/report/figures.py`, "
+        "were committed before the runs, and nothing was tuned on these seeds. Of five seeds such an interval "
+        "covers the true mean about 84 times in 100, so read the seeds as well (`figure_NN.json`).",
+        "",
+        "```",
+        "python benchmarks/report/run.py --all --pages docs/report",
+        "```",
+        "",
+        "| figure | claim | verdict | mean | interval |",
+        "|---|---|---|---|---|",
+        *(
+            f"| [{result['figure']}](#figure-{result['figure']}) | {claim['claim']} | **{claim['verdict']}** "
+            f"| {claim['mean']:.3f} | {claim['low']:.3f} to {claim['high']:.3f} |"
+            for result in results
+            for claim in result["claims"]
+        ),
+    ]
+    for result in results:
+        lines += ["", *_section(result, reasons.get(str(result["figure"]), ""))]
+    path = pages / "index.md"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def _section(result: Mapping[str, Any], reason: str) -> list[str]:
+    number = result["figure"]
+    seeds = result["seeds"]
+    lines = [
+        f"## Figure {number}",
+        "",
+        f"{result['title'][0].upper()}{result['title'][1:]}. Seeds {seeds[0]} to {seeds[-1]}, "
+        f"{result['steps']} steps.",
+        "",
+        f"![Figure {number}: {result['title']}](figure_{number:02d}.png)",
+        "",
+    ]
+    for claim in result["claims"]:
+        values = ", ".join(f"{value:.3f}" for value in claim["values"])
+        lines.append(
+            f"- *{claim['claim']}*: **{claim['verdict']}**. {claim['mean']:.3f} "
+            f"({claim['low']:.3f} to {claim['high']:.3f}) {claim['unit']}; agrees if {claim['rule']}. "
+            f"Seeds: {values}."
+        )
+    return [*lines, "", reason] if reason else lines
