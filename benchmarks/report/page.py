@@ -41,8 +41,8 @@ def write_page(pages: Path) -> Path:
         "claims, and whether the sandbox agrees. A claim is one number per seed. It **agrees** if the 95 % "
         "bootstrap interval of its mean over seeds lies where the claim puts it, **disagrees** if the whole "
         "interval lies outside, and is **unclear** otherwise. The rules, in `benchmarks/report/figures.py`, "
-        "were committed before the runs, and nothing was tuned on these seeds. Of five seeds such an interval "
-        "covers the true mean about 84 times in 100, so read the seeds as well (`figure_NN.json`).",
+        "were committed before the runs, and nothing was tuned on these seeds. Of five seeds such an "
+        "interval covers the true mean about 84 times in 100, so read the seeds as well (`figure_NN.json`).",
         "",
         "```",
         "python benchmarks/report/run.py --all --pages docs/report",

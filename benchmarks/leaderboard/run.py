@@ -1,0 +1,167 @@
+"""Every algorithm of the family at the same number of sampled responses: gold reward against KL.
+
+    python benchmarks/leaderboard/run.py --seeds 10 --pages docs/leaderboard
+
+Runs are kept below --out and are not run again; killed, it goes on where it was. An algorithm's number is the
+interquartile mean over seeds of the gold reward at the end (the last tenth of the steps), with its bootstrap
+interval (Agarwal et al. 2021). The axes of the picture are those of Gao et al. 2023.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from algorithm import ALGORITHMS
+from frontier import draw_frontier
+from scipy.stats import bootstrap, trim_mean
+
+from ppo_kit.report.history import read_rows, series
+from ppo_kit.sweep import Job, run_jobs
+
+HERE = Path(__file__).parent
+FIRST_SEED = 30
+"""Nothing was tuned on this seed and those after it."""
+
+
+@dataclass(frozen=True)
+class Leaderboard:
+    algorithms: tuple[str, ...] = tuple(ALGORITHMS)
+    """Names of the algorithms."""
+    seeds: int = 10
+    """Seeds of each, from 30."""
+    steps: int = 80
+    """Steps of a run, of 64 sampled responses each."""
+    processes: int = 2
+    """Runs at a time: the number of cores to use."""
+    out: Path = Path("runs/leaderboard")
+    """Folder of the runs."""
+    pages: Path = Path("runs/leaderboard/pages")
+    """Folder of the table and the picture."""
+
+
+def main(cfg: Leaderboard) -> None:
+    unknown = set(cfg.algorithms) - ALGORITHMS.keys()
+    if unknown:
+        raise SystemExit(f"--algorithms: got {sorted(unknown)}, needs some of {sorted(ALGORITHMS)}")
+    seeds = range(FIRST_SEED, FIRST_SEED + cfg.seeds)
+    jobs = {
+        name: [
+            Job(HERE / "algorithm.py", {"algorithm": name, "steps": cfg.steps, "seed": seed}, name=name)
+            for seed in seeds
+        ]
+        for name in cfg.algorithms
+    }
+    run_jobs([job for each in jobs.values() for job in each], cfg.out, processes=cfg.processes)
+    rows = {name: row([read(job.folder(cfg.out)) for job in each]) for name, each in jobs.items()}
+    rows = dict(sorted(rows.items(), key=lambda item: -item[1]["gold"]))
+    cfg.pages.mkdir(parents=True, exist_ok=True)
+    (cfg.pages / "leaderboard.json").write_text(json.dumps(rows, indent=1))
+    draw_frontier(
+        {ALGORITHMS[name].title: (each["kl_curve"], each["gold_curve"]) for name, each in rows.items()},
+        cfg.pages / "frontier.png",
+    )
+    (cfg.pages / "index.md").write_text(page(rows, cfg))
+    print(table(rows))
+    print(f"Written: {cfg.pages / 'index.md'}")
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The metrics of one run, by name, [steps] each, and its SFT model's gold reward."""
+    rows = read_rows(folder / "metrics.jsonl")
+    names = ("gold_score", "score", "kl", "response_length", "seconds_rollout", "seconds_score",
+             "seconds_train")  # fmt: skip
+    before = json.loads((folder / "summary.json").read_text())["before"]
+    return {**{name: series(rows, name)[1] for name in names}, "sft": before["gold_score"]}
+
+
+def row(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the table says of an algorithm, from its runs."""
+
+    def ends(name: str) -> list[float]:
+        return [float(run[name][-max(1, len(run[name]) // 10) :].mean()) for run in runs]
+
+    gold = ends("gold_score")
+    low, high = interval(gold)
+    seconds = [run["seconds_rollout"] + run["seconds_score"] + run["seconds_train"] for run in runs]
+    return {
+        "gold": interquartile_mean(gold),
+        "low": low,
+        "high": high,
+        "seeds": gold,
+        "sft": interquartile_mean([run["sft"] for run in runs]),
+        "best": interquartile_mean([float(np.nanmax(run["gold_score"])) for run in runs]),
+        "score": interquartile_mean(ends("score")),
+        "kl": interquartile_mean(ends("kl")),
+        "length": interquartile_mean(ends("response_length")),
+        "seconds": float(np.median(np.concatenate(seconds))),
+        "below_sft": sum(each < run["sft"] for each, run in zip(gold, runs, strict=True)),
+        "kl_curve": np.mean([run["kl"] for run in runs], 0).tolist(),
+        "gold_curve": np.mean([run["gold_score"] for run in runs], 0).tolist(),
+    }
+
+
+def interquartile_mean(values: list[float]) -> float:
+    """The mean of the middle half of the values.
+
+    >>> interquartile_mean([0.0, 1.0, 2.0, 100.0])
+    1.5
+    """
+    return float(trim_mean(values, 0.25))
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """The 95 % percentile bootstrap interval of the interquartile mean; both ends the value of one seed."""
+    if len(values) < 2 or min(values) == max(values):
+        return values[0], values[-1]
+    found = bootstrap(
+        (np.asarray(values),), lambda x, axis: trim_mean(x, 0.25, axis=axis), method="percentile", rng=0
+    ).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """The rows as a table of Markdown, the highest gold reward first."""
+    lines = [
+        "| algorithm | gold reward | best | RM score | KL per token | length | below SFT | s per step |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, each in rows.items():
+        lines.append(
+            f"| {ALGORITHMS[name].title} | {each['gold']:.2f} ({each['low']:.2f} to {each['high']:.2f}) "
+            f"| {each['best']:.2f} | {each['score']:.2f} | {each['kl']:.3f} | {each['length']:.1f} "
+            f"| {each['below_sft']} of {len(each['seeds'])} | {each['seconds']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def page(rows: dict[str, dict[str, Any]], cfg: Leaderboard) -> str:
+    sft = next(iter(rows.values()))["sft"]
+    return f"""# The family at equal sample budgets
+
+Every algorithm that the parts build, in the sandbox: {cfg.steps} steps of 64 sampled responses, \
+{cfg.seeds} seeds, the same learning rates and minibatches for all. The gold reward is never trained on. A \
+number is the interquartile mean over seeds; in brackets, its 95 % bootstrap interval. *best*: the best \
+step. *below SFT*: seeds that end below their SFT model ({sft:.2f}).
+
+```
+python benchmarks/leaderboard/run.py --seeds {cfg.seeds} --pages docs/leaderboard
+```
+
+{table(rows)}
+
+![Gold reward against KL](frontier.png)
+
+What it can and cannot say: all algorithms share learning rates that were chosen for PPO on other seeds, \
+the world is small, and the reward model is over-optimized by intent. A rank here is not a rank at 7B. DAPO \
+samples once per step, so that its budget is that of the others; ReMax spends half of its budget on the \
+greedy answers.
+"""
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Leaderboard, description=__doc__))
