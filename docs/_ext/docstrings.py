@@ -1,0 +1,61 @@
+"""What docstrings have that reStructuredText lacks: tables as Markdown writes them, bars as in |x|."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from sphinx.application import Sphinx
+
+LITERAL = re.compile(r"(``.*?``)")
+
+
+def rewrite(lines: list[str]) -> list[str]:
+    """The lines with Markdown tables as list tables, and prose as reStructuredText wants it."""
+    done: list[str] = []
+    table: list[list[str]] = []
+    literal_block: int | None = None
+    for line in [*lines, ""]:
+        indent = len(line) - len(line.lstrip())
+        if literal_block is not None and line.strip() and indent <= literal_block:
+            literal_block = None
+        if line.lstrip().startswith("| ") and line.rstrip().endswith("|"):
+            table.append([cell.strip() for cell in line.strip().strip("|").split(" | ")])
+        elif not line.lstrip().startswith("|--"):
+            done += list_table(table)
+            table = []
+            code = literal_block is not None or line.lstrip().startswith((">>>", "..."))
+            done.append(line if code else prose(line))
+        if literal_block is None and line.rstrip().endswith("::"):
+            literal_block = indent
+    return done[:-1]
+
+
+def prose(line: str) -> str:
+    """Bars escaped, and a letter behind a literal (``x``s) set apart from it, outside of literals."""
+    parts = LITERAL.split(line)
+    for index in range(0, len(parts), 2):
+        parts[index] = parts[index].replace("|", r"\|")
+        if index and parts[index][:1].isalpha():
+            parts[index] = rf"\ {parts[index]}"
+    return "".join(parts)
+
+
+def list_table(rows: list[list[str]]) -> list[str]:
+    if not rows:
+        return []
+    lines = ["", ".. list-table::", "   :header-rows: 1", ""]
+    for row in rows:
+        for index, cell in enumerate(row):
+            lines.append(f"   {'* -' if index == 0 else '  -'} {cell}")
+    return [*lines, ""]
+
+
+def process(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    lines[:] = rewrite(lines)
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    # Before napoleon, which is connected with the default priority of 500.
+    app.connect("autodoc-process-docstring", process, priority=400)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,180 @@
+"""Pages that are made when the site is built: the reference of each package, and every setting."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import inspect
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from sphinx.application import Sphinx
+from sphinx.pycode import ModuleAnalyzer
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = {
+    "functional": "The maths, as pure functions over tensors",
+    "modules": "Modules over the batch: shaping, losses, state",
+    "training": "What a loop is written with",
+    "batch": "The batch and its check",
+    "models": "Policy, reference, critic, reward model",
+    "sampling": "Sampling responses",
+    "data": "Dialogues, prompts, pairs",
+    "rewards": "Functions, verifiers, several rewards",
+    "engine": "How an optimizer step is run",
+    "engine.ranks": "What ranks share",
+    "monitor": "Metrics and checks of a run",
+    "report": "Pictures and pages of run folders",
+    "run": "Run folder, checkpoints, faults",
+    "memory": "Memory, estimated before loading",
+    "testing": "Checks for components of your own",
+    "sandbox": "The dialogue world with a gold reward",
+    "doctor": "The preflight check",
+    "cli": "From a command line to a recipe",
+    "convert.moss": "MOSS-RLHF's published weights",
+    "interop": "TorchRL's batches",
+}
+
+
+def public_names(module: ModuleType) -> list[str]:
+    """``__all__``, or what the module itself defines without a leading underscore."""
+    own = getattr(module, "__all__", None)
+    if own is not None:
+        return list(own)
+    return [
+        name
+        for name, thing in vars(module).items()
+        if not name.startswith("_") and getattr(thing, "__module__", None) == module.__name__
+    ]
+
+
+def entry(package: str, name: str, thing: Any) -> list[str]:
+    """The directive that documents one name."""
+    if inspect.isclass(thing):
+        return [f".. autoclass:: {package}.{name}", "   :members:", "   :show-inheritance:", ""]
+    if inspect.isroutine(thing):
+        return [f".. autofunction:: {package}.{name}", ""]
+    return [f".. py:data:: {package}.{name}", "", *(f"   {line}" for line in data_text(package, name)), ""]
+
+
+def data_text(package: str, name: str) -> list[str]:
+    """The docstring below a constant, in whichever file of the package defines it."""
+    for module in sorted(each for each in sys.modules if each.startswith(package)):
+        docs = ModuleAnalyzer.for_module(module).find_attr_docs()
+        if ("", name) in docs:
+            return docs["", name]
+    return []
+
+
+def package_page(name: str, about: str) -> str:
+    """The reference of ``ppo_kit.<name>``, its names in the order of the files that define them."""
+    package = f"ppo_kit.{name}"
+    module = importlib.import_module(package)
+    title = f"{package}: {about[0].lower()}{about[1:]}"
+    lines = [title, "=" * len(title), "", f".. automodule:: {package}", "   :no-members:", ""]
+    files: dict[str, list[str]] = {}
+    for each in public_names(module):
+        thing = getattr(module, each)
+        source = getattr(thing, "__module__", None) or package
+        files.setdefault(source if source.startswith(package) else package, []).append(each)
+    for source, names in files.items():
+        if len(files) > 1:
+            heading = source.removeprefix(f"{package}.") if source != package else "Other names"
+            lines += [heading, "-" * len(heading), ""]
+            if source != package and inspect.getdoc(sys.modules[source]):
+                lines += [f".. automodule:: {source}", "   :no-members:", "   :no-index:", ""]
+        for each in names:
+            lines += entry(package, each, getattr(module, each))
+    return "\n".join(lines)
+
+
+def recipes() -> dict[str, type]:
+    """Recipe -> its settings class."""
+    from ppo_kit.cli.recipe import settings_class
+
+    found = {}
+    for file in sorted((ROOT / "recipes").glob("*.py")):
+        spec = importlib.util.spec_from_file_location(f"recipes.{file.stem}", file)
+        module = sys.modules[f"recipes.{file.stem}"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        found[file.stem] = settings_class(module.main)
+    return found
+
+
+def texts(kind: type) -> dict[str, str]:
+    """The docstring below each field that ``kind`` itself defines."""
+    analyzer = ModuleAnalyzer.for_module(kind.__module__)
+    docs = analyzer.find_attr_docs()
+    return {name: " ".join(lines).strip() for (owner, name), lines in docs.items() if owner == kind.__name__}
+
+
+def owner(kind: type, name: str) -> type:
+    """The most general class that has the setting."""
+    return next(each for each in reversed(kind.__mro__) if name in inspect.get_annotations(each))
+
+
+def table(kind: type, names: list[str], about: dict[str, str]) -> list[str]:
+    lines = ["| setting | default | meaning |", "|---|---|---|"]
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for name in names:
+        default = fields[name].default
+        shown = "" if default is dataclasses.MISSING else str(default)
+        lines.append(
+            f"| `{name}` | {f'`{shown}`' if shown else ''} | {about[name].replace('|', chr(92) + '|')} |"
+        )
+    return [*lines, ""]
+
+
+def settings_page() -> str:
+    """Every setting of every recipe: first those that recipes share, by subject, then each recipe's own."""
+    kinds = recipes()
+    shared: dict[type, list[str]] = {}
+    own: list[str] = []
+    for recipe, kind in kinds.items():
+        about = {
+            name: text
+            for each in reversed(kind.__mro__)
+            if each is not object
+            for name, text in texts(each).items()
+        }
+        named = []
+        for field in dataclasses.fields(kind):
+            where = owner(kind, field.name)
+            ours = where.__module__.startswith("ppo_kit.")
+            if ours and field.name not in shared.setdefault(where, []):
+                shared[where].append(field.name)
+            if field.name in inspect.get_annotations(kind):
+                named.append(field.name)
+        own += [f"### {recipe}", ""]
+        own += table(kind, named, about) if named else ["Only the shared settings.", ""]
+    lines = [
+        "# Every setting", "",
+        "A setting is a field of a recipe's settings class and a flag: `kl_coef` is `--kl-coef 0.05`. "
+        "[The command line](../cli.md) says how files, presets and flags go together.", "",
+        "## Shared by recipes", "",
+    ]  # fmt: skip
+    for where, names in shared.items():
+        paragraph = (inspect.getdoc(where) or where.__name__).split("\n\n")[0]
+        lines += [f"### {where.__name__}", "", " ".join(paragraph.split()), ""]
+        lines += table(where, names, texts(where))
+    return "\n".join([*lines, "## Each recipe's own", "", *own])
+
+
+def write(app: Sphinx) -> None:
+    """Write the pages into ``docs/reference``, which git ignores; a page that is the same is left alone."""
+    folder = Path(app.srcdir) / "reference"
+    folder.mkdir(exist_ok=True)
+    pages = {f"{name}.rst": package_page(name, about) for name, about in PACKAGES.items()}
+    pages["settings.md"] = settings_page()
+    for name, text in pages.items():
+        file = folder / name
+        if not file.exists() or file.read_text() != text:
+            file.write_text(text)
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    app.connect("builder-inited", write)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,91 @@
+"""The extension that makes the reference: every public name and every setting has its entry."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import re
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import ppo_kit
+
+EXTENSIONS = Path(__file__).parents[2] / "docs" / "_ext"
+pytest.importorskip("sphinx", reason="the site's packages are not installed: pip install 'ppo-kit[docs]'")
+
+
+@pytest.fixture(scope="module")
+def pages():
+    sys.path.insert(0, str(EXTENSIONS))
+    try:
+        yield importlib.import_module("reference_pages")
+    finally:
+        sys.path.remove(str(EXTENSIONS))
+
+
+def test_every_package_with_public_names_has_a_page(pages):
+    for each in pkgutil.iter_modules(ppo_kit.__path__):
+        if hasattr(importlib.import_module(f"ppo_kit.{each.name}"), "__all__"):
+            assert each.name in pages.PACKAGES, each.name
+
+
+def test_the_index_names_every_page_of_the_reference(pages):
+    index = (EXTENSIONS.parent / "index.md").read_text()
+    assert [name for name in [*pages.PACKAGES, "settings"] if f"\nreference/{name}\n" not in index] == []
+
+
+def test_each_public_name_is_documented_once_and_has_a_docstring(pages):
+    for name, about in pages.PACKAGES.items():
+        page = pages.package_page(name, about)
+        module = importlib.import_module(f"ppo_kit.{name}")
+        for each in pages.public_names(module):
+            entries = re.findall(rf"auto(?:class|function):: ppo_kit\.{name}\.{each}\n", page)
+            entries += re.findall(rf"py:data:: ppo_kit\.{name}\.{each}\n", page)
+            assert len(entries) == 1, f"{name}.{each}"
+            thing = getattr(module, each)
+            if inspect.isclass(thing) or inspect.isroutine(thing):
+                assert inspect.getdoc(thing), f"{name}.{each}"
+
+
+def test_every_setting_has_a_row_with_its_default_and_meaning(pages):
+    page = pages.settings_page()
+    for recipe, kind in pages.recipes().items():
+        for field in fields(kind):
+            assert f"| `{field.name}` | " in page, f"{recipe}: {field.name}"
+    assert "| `kl_coef` | `0.1` | η of the token-level KL penalty, Eq. 19" in page
+    assert "| `gamma` | `1.0` | Discount γ (report: 1). |" in page
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        (["|H − δ| and ``|x|``"], [r"\|H − δ\| and ``|x|``"]),
+        (["``Objective``s of them"], [r"``Objective``\ s of them"]),
+        (["so::", "", "    a | b", "", "c | d"], ["so::", "", "    a | b", "", r"c \| d"]),
+        (
+            ["| a | b |", "|---|---|", "| 1 | 2 |"],
+            [
+                "",
+                ".. list-table::",
+                "   :header-rows: 1",
+                "",
+                "   * - a",
+                "     - b",
+                "   * - 1",
+                "     - 2",
+                "",
+            ],
+        ),
+    ],
+)
+def test_prose_of_docstrings_is_what_sphinx_reads(written, read):
+    sys.path.insert(0, str(EXTENSIONS))
+    try:
+        docstrings = importlib.import_module("docstrings")
+    finally:
+        sys.path.remove(str(EXTENSIONS))
+    assert docstrings.rewrite(written) == read
