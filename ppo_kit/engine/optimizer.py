@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -31,10 +31,15 @@ class AdamW(torch.optim.AdamW):
     """Leave weights and states alone: what calls ``step`` then only throws its gradients away."""
     moved = False
     """Whether a step has changed a weight yet."""
+    before_step: Callable[[], None] | None = None
+    """Called by each step that is not idle, first. A hook of torch's would be called twice where a plain
+    ``torch.optim.AdamW`` was made in the same process: torch then wraps the ``step`` of both classes."""
 
     def step(self, closure: Any = None) -> Any:  # type: ignore[override]
         if self.idle:
             return None
+        if self.before_step is not None:
+            self.before_step()
         weights = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         before = None if self.moved else [checksum(p) for p in weights]
         out = super().step(closure)

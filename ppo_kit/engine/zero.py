@@ -126,7 +126,7 @@ class ZeroOptimizer(Optimizer):
             module.wrap(self.zero)
         else:
             # Plain data parallelism: DeepSpeed averages gradients in its step, and takes no norm of them.
-            self.adamw.register_step_pre_hook(self._clip_whole)
+            self.adamw.before_step = self._clip_gradients
 
     def clip(self) -> None:
         """Raises ``NotFinite`` where a gradient of any micro-batch on any rank was not finite.
@@ -193,10 +193,6 @@ class ZeroOptimizer(Optimizer):
     def _watch(self, gradient: Tensor) -> None:
         self._held = True
         self._bad |= ~gradient.isfinite().all()
-
-    def _clip_whole(self, *_: Any) -> None:
-        if not self.adamw.idle:
-            self._clip_gradients()
 
     def _make_states(self) -> None:
         """ZeRO makes AdamW's states in the first step: take one with zero gradients and no learning rate."""
