@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import matplotlib.pyplot
+import pytest
 import torch
 
 
@@ -32,6 +33,8 @@ class Forked:
     def __init__(
         self, do: Callable[[], object], log: Path, *, cwd: Path, environment: Mapping[str, str] | None = None
     ) -> None:
+        if not hasattr(os, "fork"):
+            pytest.skip("needs os.fork")
         assert not torch.distributed.is_initialized(), "a fork cannot use its parent's process group"
         self.returncode: int | None = None
         self._files = (log, Path(f"{log}.errors"))
@@ -104,7 +107,7 @@ def run_and_exit(
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(status if isinstance(status, int) else int(status is not None))
+        os._exit(status if isinstance(status, int) else int(isinstance(status, str)))
 
 
 def script(path: Path, *arguments: object) -> Callable[[], None]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -22,6 +20,7 @@ from ppo_kit.models import (
     settings_key,
 )
 from ppo_kit.sandbox import sandbox_config, sandbox_tokenizer
+from tests.forked import Forked
 
 
 def a_run(folder: Path, *held: str) -> Path:
@@ -80,19 +79,20 @@ def test_a_folder_is_built_once_and_whole(tmp_path, monkeypatch):
     assert (tmp_path / "kind" / "name" / "weights").read_text() == "build 2"
 
 
-def test_of_several_processes_one_builds(tmp_path):
-    code = (
-        "import sys, time; from pathlib import Path; from ppo_kit.models.cache import cached\n"
-        "def build(folder):\n"
-        "    with Path(sys.argv[1], 'built').open('a') as file: file.write('x')\n"
-        "    time.sleep(1); (folder / 'weights').write_text('whole')\n"
-        "assert (cached('kind/name', build) / 'weights').read_text() == 'whole'"
-    )
-    environment = {**os.environ, "PPO_KIT_CACHE": str(tmp_path)}
-    started = [
-        subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=environment) for _ in range(3)
-    ]
-    assert [process.wait(300) for process in started] == [0, 0, 0]
+def test_of_several_processes_one_builds(tmp_path, monkeypatch):
+    monkeypatch.setenv("PPO_KIT_CACHE", str(tmp_path))
+
+    def build(folder):
+        with (tmp_path / "built").open("a") as file:
+            file.write("x")
+        time.sleep(0.5)
+        (folder / "weights").write_text("whole")
+
+    def use():
+        assert (cached("kind/name", build) / "weights").read_text() == "whole"
+
+    started = [Forked(use, tmp_path / f"log{number}", cwd=tmp_path) for number in range(3)]
+    assert [process.wait(60) for process in started] == [0, 0, 0]
     assert (tmp_path / "built").read_text() == "x"
 
 

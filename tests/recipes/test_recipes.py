@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from ppo_kit.data import BadRow
 from ppo_kit.monitor import METRICS
+from tests.forked import Forked, script
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 WITH_CRITIC = ("ppo_max", "vanilla_ppo")
@@ -184,21 +185,14 @@ def test_micro_batches_change_no_gradient(run, untimed, tmp_path, name):
 def test_ctrl_c_ends_a_run_with_its_files_whole(brought, tmp_path, name):
     out = tmp_path / "run"
     flags = command_line({**brought, **EXTRA[name], "out": out, "steps": 100_000})
-    process = subprocess.Popen(
-        [sys.executable, str(FOLDER / f"{name}.py"), *flags],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=ENVIRONMENT,
-    )
+    process = Forked(script(FOLDER / f"{name}.py", *flags), tmp_path / "log", cwd=tmp_path)
     deadline = time.monotonic() + 180
     while not ((out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text().count("\n") >= 2):
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None, process.printed()
         assert time.monotonic() < deadline
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    printed, _ = process.communicate(timeout=180)
-    assert process.returncode == 130, printed
+    assert process.wait(180) == 130, process.printed()
     steps = len(rows(out))
     summary = json.loads((out / "summary.json").read_text())
     assert summary["interrupted"]

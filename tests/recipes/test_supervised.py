@@ -23,6 +23,7 @@ from ppo_kit.engine import LocalEngine
 from ppo_kit.modules import LanguageModelLoss
 from ppo_kit.run.faults import read_fault
 from ppo_kit.training import BatchUpdate, Supervised, SupervisedSettings
+from tests.forked import Forked, fork_ranks, script, wait_for_ranks
 
 BOTH = pytest.mark.parametrize("name", ["sft", "reward_model"])
 KINDS = {"sft": "SFT", "reward_model": "RewardModelling"}
@@ -125,22 +126,15 @@ def test_micro_batches_change_no_gradient(run, untimed, tmp_path, name):
             torch.testing.assert_close(value, weights(found[0], name)[key], rtol=1e-3, atol=1e-5)
 
 
-def test_two_ranks_are_one_run(whole, given, untimed, tmp_path):
+def test_two_ranks_are_one_run(whole, run, untimed, tmp_path):
     pytest.importorskip("deepspeed", reason="pip install 'ppo-kit[deepspeed]'")
     runs = [("sft", 2), ("sft", 3), ("reward_model", 0), ("reward_model", 2)]
-    jobs = []
-    for name, stage in runs:
-        plain = {key: str(value) if isinstance(value, Path) else value for key, value in given[name].items()}
-        own = {"engine": "deepspeed", "zero_stage": stage, "out": str(tmp_path / f"{name}{stage}")}
-        jobs.append({"recipe": name, "settings": {**plain, **own}})
-    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    script = Path(__file__).with_name("supervised_jobs.py")
-    process = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script),
-         str(tmp_path / "jobs.json")],
-        capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
+
+    def one_rank():
+        for name, stage in runs:
+            run(name, tmp_path / f"{name}{stage}", engine="deepspeed", zero_stage=stage)
+
+    wait_for_ranks(fork_ranks(one_rank, 2, tmp_path), timeout=240)
     for name, stage in runs:
         out = tmp_path / f"{name}{stage}"
         for row, other in zip(untimed(whole[name]), untimed(out), strict=True):
@@ -161,17 +155,18 @@ def test_a_recipe_copied_to_an_empty_folder_is_killed_and_goes_on(
     shutil.copy(recipe(name).__file__, tmp_path / "mine.py")
     changes = {"checkpoint_every": 1, "eval_every": 0, "steps": 12}
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in {**given[name], **changes}.items()]
-    command = [sys.executable, "mine.py", *flags, "--out=killed"]
-    rooted = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=tmp_path, env=rooted, stdout=subprocess.DEVNULL)
+    mine = [tmp_path / "mine.py", *flags, "--out=killed"]
+    process = Forked(script(*mine), tmp_path / "log", cwd=tmp_path)
     metrics, deadline = tmp_path / "killed" / "metrics.jsonl", time.monotonic() + 120
     while not metrics.exists() or metrics.read_text().count("\n") < 3:
-        assert process.poll() is None
+        assert process.poll() is None, process.printed()
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait(60)
-    done = subprocess.run([*command, "--resume"], cwd=tmp_path, env=rooted, capture_output=True, text=True)
+    rooted = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *mine, "--resume"]
+    done = subprocess.run(command, cwd=tmp_path, env=rooted, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     run(name, tmp_path / "whole", **changes)
     assert untimed(tmp_path / "killed") == untimed(tmp_path / "whole")

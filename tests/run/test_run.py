@@ -5,15 +5,15 @@ import json
 import math
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from ppo_kit.run import Run
+from ppo_kit.run import Run, owner
 from ppo_kit.run.fingerprints import fingerprints, replaced
+from tests.forked import Forked
 
 
 def rows(path):
@@ -356,20 +356,26 @@ def test_rows_are_on_disk_before_the_checkpoint_that_counts_them(toy, monkeypatc
 
 
 @pytest.mark.parametrize("out", [Path("a"), None])
-def test_a_folder_has_one_owner(toy, out):
+def test_a_folder_has_one_owner(toy, tmp_path, out):
     """Two processes that resume one run at once: the second ends with an error, and the first is not hurt."""
     folder = toy.train(toy.ToySettings(out=out, steps=2)).folder
     first = Run(toy.ToySettings(out=out, steps=4, resume=True), name="toy")
-    script = Path(toy.__file__)
-    second = [sys.executable, str(script), str(folder), "4", "0", "resume"]
-    environment = {**os.environ, "PYTHONPATH": str(script.parents[2])}
-    done = subprocess.run(second, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith(f"BlockingIOError: {folder}: another process")
+
+    def second():
+        inherited.update(owner._held)  # to release its parent's locks would release them for both
+        owner._held.clear()
+        toy.train(toy.ToySettings(out=folder, steps=4, checkpoint_every=0, resume=True))
+
+    inherited = {}
+    process = Forked(second, tmp_path / "log", cwd=Path.cwd())
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert errors.splitlines()[-1].startswith(f"BlockingIOError: {folder}: another process")
     assert [row["step"] for row in rows(folder / "metrics.jsonl")] == [1, 2]
     first.close()
     first.close()
-    done = subprocess.run(second, capture_output=True, text=True, env=environment, check=True)
+    process = Forked(second, tmp_path / "log", cwd=Path.cwd())
+    assert process.wait(60) == 0, process.printed()
     assert [row["step"] for row in rows(folder / "metrics.jsonl")] == [1, 2, 3, 4]
 
 

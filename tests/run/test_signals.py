@@ -1,11 +1,10 @@
-"""Ctrl-C, kill and a closed terminal, on real processes."""
+"""Ctrl-C, kill and a closed terminal, on processes: forks, and a new interpreter for the terminal's."""
 
 import gc
 import json
 import os
 import pty
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -15,22 +14,27 @@ import pytest
 
 from ppo_kit.run import Run
 from ppo_kit.run.signals import StopOnSignal
+from tests.forked import Forked
 
 _ROOT = Path(__file__).parents[2]
 
 
-def start(out, *more, pause="0.02", wait_for=lambda out: logged(out) >= 1):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(_ROOT)}
-    script = [sys.executable, str(Path(__file__).with_name("toy.py")), str(out), "10000", pause, *more]
-    process = subprocess.Popen(
-        script, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 60
-    while not wait_for(out):
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline, "the run logged nothing"
-        time.sleep(0.02)
-    return process
+@pytest.fixture
+def start(toy, tmp_path):
+    """``start(out)``: a process that trains there, once ``wait_for(out)`` holds."""
+
+    def begin(out, pause=0.02, loading=0.0, wait_for=lambda out: logged(out) >= 1):
+        settings = toy.ToySettings(out=out, steps=10_000, checkpoint_every=0)
+        do = lambda: toy.train(settings, pause=pause, loading=loading).exit_code  # noqa: E731
+        process = Forked(do, tmp_path / "log", cwd=tmp_path)
+        deadline = time.monotonic() + 60
+        while not wait_for(out):
+            assert process.poll() is None, process.printed()
+            assert time.monotonic() < deadline, "the run logged nothing"
+            time.sleep(0.02)
+        return process
+
+    return begin
 
 
 def logged(out):
@@ -39,7 +43,7 @@ def logged(out):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_the_run_after_its_step(tmp_path, number):
+def test_a_signal_ends_the_run_after_its_step(start, tmp_path, number):
     process = start(tmp_path / "run")
     process.send_signal(number)
     output, errors = process.communicate(timeout=60)
@@ -56,8 +60,8 @@ def test_a_signal_ends_the_run_after_its_step(tmp_path, number):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_while_loading_ends_with_a_word(tmp_path, number):
-    process = start(tmp_path / "run", "loading", wait_for=lambda out: (out / "config.json").exists())
+def test_a_signal_while_loading_ends_with_a_word(start, tmp_path, number):
+    process = start(tmp_path / "run", loading=60.0, wait_for=lambda out: (out / "config.json").exists())
     time.sleep(0.5)  # from config.json to the end of the constructor
     process.send_signal(number)
     output, errors = process.communicate(timeout=60)
@@ -69,8 +73,8 @@ def test_a_signal_while_loading_ends_with_a_word(tmp_path, number):
     assert "resume" not in output
 
 
-def test_a_second_ctrl_c_leaves_no_traceback(tmp_path):
-    process = start(tmp_path / "run", pause="2")
+def test_a_second_ctrl_c_leaves_no_traceback(start, tmp_path):
+    process = start(tmp_path / "run", pause=2.0)
     for _ in range(2):
         process.send_signal(signal.SIGINT)
         time.sleep(0.2)
@@ -151,7 +155,8 @@ def test_an_interrupted_run_without_a_checkpoint_does_not_promise_one(toy, tmp_p
 def test_handlers_are_put_back_in_any_order(toy, tmp_path):
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     outer, inner = (Run(toy.ToySettings(out=tmp_path / name), name="toy") for name in "ab")
-    assert all(signal.getsignal(number) != handler for number, handler in before.items())
+    ignored = {number for number, handler in before.items() if handler == signal.SIG_IGN}  # under nohup
+    assert {number for number, handler in before.items() if signal.getsignal(number) == handler} == ignored
     inner.close()
     with pytest.raises(SystemExit):
         signal.raise_signal(signal.SIGTERM)

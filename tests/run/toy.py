@@ -54,7 +54,5 @@ def train(
 
 
 if __name__ == "__main__":
-    resume = sys.argv[4:] == ["resume"]
-    settings = ToySettings(out=Path(sys.argv[1]), steps=int(sys.argv[2]), checkpoint_every=0, resume=resume)
-    loading = 60.0 if sys.argv[4:] == ["loading"] else 0.0
-    sys.exit(train(settings, pause=float(sys.argv[3]), loading=loading).exit_code)
+    settings = ToySettings(out=Path(sys.argv[1]), steps=int(sys.argv[2]), checkpoint_every=0)
+    sys.exit(train(settings, pause=float(sys.argv[3])).exit_code)
