@@ -24,6 +24,7 @@ COMMANDS = {
     "replay": "say what was not finite in a batch that a run stopped at",
     "report": "draw the picture and the page of run folders again",
     "compare": "draw run folders over each other",
+    "bisect": "find where two runs that should be equal part: ppo-kit bisect FOLDER FOLDER",
 }
 _PROGRAMS = {
     "doctor": "ppo_kit.doctor.__main__",
@@ -32,6 +33,7 @@ _PROGRAMS = {
     "replay": "ppo_kit.run.__main__",
     "report": "ppo_kit.cli.pictures",
     "compare": "ppo_kit.cli.pictures",
+    "bisect": "ppo_kit.run.bisect",
 }
 """Command -> the module whose ``main(arguments)`` it is; imported when asked for, for torch takes seconds."""
 _NAMED = ("replay", "report", "compare")
