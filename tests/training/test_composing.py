@@ -16,6 +16,7 @@ from tensordict.nn import TensorDictSequential
 from ppo_kit import models, modules
 from ppo_kit.sandbox.world import PROMPT_OF
 from ppo_kit.training import PPOSettings, Session
+from tests.forked import Forked, script
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "composing.md").read_text()
@@ -83,7 +84,7 @@ FILES = dict(re.findall(r"^```python\n# (\w+\.py)\n(.*?)^```", PAGE, re.M | re.S
 
 
 def test_the_three_variants_run_from_an_empty_folder(brought, tmp_path):
-    """Two recipes with the rewards of the third file, and the proof, each as a process of its own."""
+    """Two recipes with the rewards of the third file, and the proof: processes, the first a new Python."""
     assert set(FILES) == {"best_of_group.py", "soft_clip.py", "test_soft_clip.py", "arithmetic.py"}
     for name, block in FILES.items():
         (tmp_path / name).write_text(block)
@@ -95,13 +96,25 @@ def test_the_three_variants_run_from_an_empty_folder(brought, tmp_path):
              "--held-out", "2", "--policy", brought["policy"], "--prompts", "sums.jsonl"]  # fmt: skip
     rewards = ["--reward", "correct=arithmetic.py:correct", "brevity=arithmetic.py:brevity@-0.01"]
     for name in ("best_of_group", "soft_clip"):
-        command = [sys.executable, f"{name}.py", *sizes, *rewards, "--out", name]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        flags = [*sizes, *rewards, "--out", name]
+        if name == "best_of_group":
+            command = [sys.executable, f"{name}.py", *flags]
+            done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+        else:
+            process = Forked(script(tmp_path / f"{name}.py", *flags), tmp_path / "log", cwd=tmp_path)
+            assert process.wait(120) == 0, process.printed()
         logged = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         assert len(logged) == 2
         assert all({"score_correct", "score_brevity", "abstained_fraction"} <= row.keys() for row in logged)
         assert ("soft_loss" in logged[0]) == (name == "soft_clip")
-    proof = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_soft_clip.py"]
-    done = subprocess.run(proof, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    proof = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "test_soft_clip.py"]
+    process = Forked(lambda: prove(proof), tmp_path / "log", cwd=tmp_path)
+    assert process.wait(120) == 0, process.printed()
+    assert " passed" in process.printed()[0]
+
+
+def prove(arguments: list[str]) -> int:
+    """What ``python -m pytest`` returns with these arguments."""
+    sys.path.insert(0, os.getcwd())
+    return int(pytest.main(arguments))
