@@ -12,10 +12,13 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
+# First, for --help waits for the imports before it.
+from ppo_kit.cli import run_recipe
+
+# isort: split
 from tensordict import TensorDictBase
 
 from ppo_kit.batch import concatenate
-from ppo_kit.cli import run_recipe
 from ppo_kit.functional import varied_groups
 from ppo_kit.modules import GRPO, ClippedSurrogate, OverlongPenalty, PlaceScore
 from ppo_kit.training import RLSettings, Session

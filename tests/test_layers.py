@@ -13,8 +13,8 @@ ORDER = (
     "run", "sandbox", "training", "doctor", "cli", "sweep",
 )  # fmt: skip
 """Packages from the bottom up: each may import those before it."""
-BELOW = {package: {"batch", *ORDER[: index + 1]} for index, package in enumerate(ORDER)}
-BELOW["functional"] = {"functional"}
+BELOW = {package: {"batch", "lazy", *ORDER[: index + 1]} for index, package in enumerate(ORDER)}
+BELOW["functional"] = {"functional", "lazy"}
 BELOW["testing"] = BELOW["modules"] | {"testing"}
 BELOW["convert"] = {"convert"}
 """Package -> what of ours it may import."""

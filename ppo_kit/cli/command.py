@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import ppo_kit
+from ppo_kit.cli.early import answer_early
 from ppo_kit.cli.mistakes import one_line
 from ppo_kit.cli.recipes import first_line, recipes
 from ppo_kit.cli.settings_file import did_you_mean
@@ -81,6 +82,7 @@ def run_file(file: Path, arguments: Sequence[str]) -> None:
     sys.argv = [str(file), *arguments]
     sys.path.insert(0, str(file.resolve().parent))
     try:
+        answer_early(file, arguments)
         runpy.run_path(str(file), run_name="__main__")
     finally:
         sys.argv, sys.path[:] = argv, path

@@ -7,8 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ppo_kit.report import draw_comparison, draw_dashboard, write_report
-from ppo_kit.report.preference_picture import draw_preference_report
+from ppo_kit import report
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -19,8 +18,8 @@ def main(arguments: Sequence[str]) -> int:
     """
     parser = argparse.ArgumentParser(prog="ppo-kit")
     commands = parser.add_subparsers(dest="command", required=True)
-    report = commands.add_parser("report", help="draw the picture and the page of run folders again")
-    report.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="a run's folder")
+    again = commands.add_parser("report", help="draw the picture and the page of run folders again")
+    again.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="a run's folder")
     compare = commands.add_parser("compare", help="draw run folders over each other")
     compare.add_argument("folders", nargs="+", metavar="[LABEL=]FOLDER",
                          help="runs of one label are seeds of one line; without a label it is the folder's "
@@ -34,7 +33,7 @@ def main(arguments: Sequence[str]) -> int:
             print("\n".join(map(str, draw_run(folder))))
         return 0
     panels = {"panels": chosen.panels} if chosen.panels else {}
-    print(draw_comparison(by_label(chosen.folders), chosen.to, title=chosen.title, **panels))
+    print(report.draw_comparison(by_label(chosen.folders), chosen.to, title=chosen.title, **panels))
     return 0
 
 
@@ -43,8 +42,10 @@ def draw_run(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     if (folder / "held_out.jsonl").exists():
+        from ppo_kit.report.preference_picture import draw_preference_report
+
         return [draw_preference_report(folder)]
-    return [draw_dashboard(folder), write_report(folder)]
+    return [report.draw_dashboard(folder), report.write_report(folder)]
 
 
 def by_label(named: Sequence[str]) -> dict[str, list[Path]]:

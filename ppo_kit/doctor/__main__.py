@@ -12,15 +12,12 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 
-import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ppo_kit.doctor.examine import examine
 from ppo_kit.doctor.finding import Finding
-from ppo_kit.doctor.subject import Subject
 from ppo_kit.training.settings import PPOSettings
 
 STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red"}
@@ -37,6 +34,11 @@ class Doctor(PPOSettings):
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     settings = tyro.cli(Doctor, description=__doc__, args=arguments, prog="python -m ppo_kit.doctor")
+    # Imported once the command line is read: --help needs no torch.
+    import torch
+
+    from ppo_kit.doctor import Subject, examine
+
     torch.set_num_threads(settings.threads)
     try:
         subject = Subject(settings, critic=settings.critic)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ppo_kit.engine import ranks
 from ppo_kit.engine.optimizer import NotFinite, Optimizer
 from ppo_kit.engine.settings import EngineSettings, bf16_is_slow
-from ppo_kit.modules.minibatches import micro_batches, with_counts
+from ppo_kit.modules.splits import micro_batches, with_counts
 
 logger = logging.getLogger(__name__)
 

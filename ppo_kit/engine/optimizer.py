@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
+from ppo_kit.engine.settings import Schedule
 from ppo_kit.functional.checks import in_range
-
-Schedule = Literal["constant", "inverse_sqrt", "linear", "cosine"]
 
 
 class NotFinite(FloatingPointError):

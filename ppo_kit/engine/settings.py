@@ -1,12 +1,18 @@
-"""The flags that say how a step is run: on what, by which engine, with what traded for memory."""
+"""The flags that say how a step is run: on what, by which engine, with what traded for memory.
+
+torch is imported where it is used: ``--help`` does without.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
+if TYPE_CHECKING:
+    import torch
+
+Schedule = Literal["constant", "inverse_sqrt", "linear", "cosine"]
 
 
 @dataclass(frozen=True)
@@ -35,11 +41,15 @@ class EngineSettings:
 
     @property
     def compute_dtype(self) -> torch.dtype:
+        import torch
+
         return torch.bfloat16 if self.bf16 else torch.float32
 
 
 def bf16_is_slow(device: torch.device) -> bool:
     """Whether bfloat16 is slower than float32 there: a CPU without instructions for it, by 6 to 15 times."""
+    import torch
+
     if device.type != "cpu":
         return False
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)

@@ -1,6 +1,13 @@
 """Estimates the memory of a run before anything is loaded."""
 
-from ppo_kit.memory.estimate import GIB, MemoryEstimate, estimate_memory, main
-from ppo_kit.memory.simulated import Workload
+from typing import TYPE_CHECKING
+
+from ppo_kit.lazy import load_on_first_use
+
+if TYPE_CHECKING:
+    from ppo_kit.memory.estimate import GIB, MemoryEstimate, estimate_memory, main
+    from ppo_kit.memory.simulated import Workload
+else:
+    __getattr__, __dir__ = load_on_first_use(__name__)
 
 __all__ = ["GIB", "MemoryEstimate", "Workload", "estimate_memory", "main"]

@@ -1,41 +1,55 @@
 """TensorDict modules: thin shells over ``ppo_kit.functional`` that move keys and keep state."""
 
-from ppo_kit.modules.advantages import GAE, GRPO, OPO, RLOO, MonteCarlo, ReMax, ResponseAdvantage
-from ppo_kit.modules.base import BatchModule
-from ppo_kit.modules.kl import PIKL, AdaptiveKL, FixedKL, KLController, KLLoss, KLPenalty
-from ppo_kit.modules.losses import (
-    ClippedSurrogate,
-    ClippedValueLoss,
-    EntropyBonus,
-    HuberValueLoss,
-    LanguageModelLoss,
-    SquaredValueLoss,
-)
-from ppo_kit.modules.minibatches import micro_batches, minibatches, with_counts
-from ppo_kit.modules.objective import BatchLoss, ConstantMean, Counts, Objective, averaged_over, total_loss
-from ppo_kit.modules.penalties import (
-    DropTruncated,
-    LengthPenalty,
-    MissingEndPenalty,
-    OverlongPenalty,
-    ScoreWhiten,
-    SumScores,
-)
-from ppo_kit.modules.policy_losses import (
-    CISPO,
-    GMPO,
-    GSPO,
-    ImportanceSampling,
-    KLCov,
-    PolicyGradient,
-    PPOPenalty,
-    TruncatedImportance,
-)
-from ppo_kit.modules.preference import PairwiseLoss
-from ppo_kit.modules.rewards import PlaceScore, ScoreClip, ScoreNormalize, ScoreScale
-from ppo_kit.modules.shaping import Shaping
-from ppo_kit.modules.state import Float64Buffers
-from ppo_kit.modules.transforms import Clip, Whiten
+from typing import TYPE_CHECKING
+
+from ppo_kit.lazy import load_on_first_use
+
+if TYPE_CHECKING:
+    from ppo_kit.modules.advantages import GAE, GRPO, OPO, RLOO, MonteCarlo, ReMax, ResponseAdvantage
+    from ppo_kit.modules.base import BatchModule
+    from ppo_kit.modules.kl import PIKL, AdaptiveKL, FixedKL, KLController, KLLoss, KLPenalty
+    from ppo_kit.modules.losses import (
+        ClippedSurrogate,
+        ClippedValueLoss,
+        EntropyBonus,
+        HuberValueLoss,
+        LanguageModelLoss,
+        SquaredValueLoss,
+    )
+    from ppo_kit.modules.objective import (
+        BatchLoss,
+        ConstantMean,
+        Counts,
+        Objective,
+        averaged_over,
+        total_loss,
+    )
+    from ppo_kit.modules.penalties import (
+        DropTruncated,
+        LengthPenalty,
+        MissingEndPenalty,
+        OverlongPenalty,
+        ScoreWhiten,
+        SumScores,
+    )
+    from ppo_kit.modules.policy_losses import (
+        CISPO,
+        GMPO,
+        GSPO,
+        ImportanceSampling,
+        KLCov,
+        PolicyGradient,
+        PPOPenalty,
+        TruncatedImportance,
+    )
+    from ppo_kit.modules.preference import PairwiseLoss
+    from ppo_kit.modules.rewards import PlaceScore, ScoreClip, ScoreNormalize, ScoreScale
+    from ppo_kit.modules.shaping import Shaping
+    from ppo_kit.modules.splits import micro_batches, minibatches, with_counts
+    from ppo_kit.modules.state import Float64Buffers
+    from ppo_kit.modules.transforms import Clip, Whiten
+else:
+    __getattr__, __dir__ = load_on_first_use(__name__)
 
 __all__ = [
     "CISPO",

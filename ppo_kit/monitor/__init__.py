@@ -1,7 +1,15 @@
 """Metrics of a PPO step, and the checks that are made while a run goes on."""
 
-from ppo_kit.monitor.first_ratio import check_first_ratio
-from ppo_kit.monitor.metrics import METRICS, Averages, metrics_page, rollout_metrics
-from ppo_kit.monitor.stopwatch import Stopwatch
+from typing import TYPE_CHECKING
+
+from ppo_kit.lazy import load_on_first_use
+
+if TYPE_CHECKING:
+    from ppo_kit.monitor.first_ratio import check_first_ratio
+    from ppo_kit.monitor.metric_names import METRICS, metrics_page
+    from ppo_kit.monitor.metrics import Averages, rollout_metrics
+    from ppo_kit.monitor.stopwatch import Stopwatch
+else:
+    __getattr__, __dir__ = load_on_first_use(__name__)
 
 __all__ = ["METRICS", "Averages", "Stopwatch", "check_first_ratio", "metrics_page", "rollout_metrics"]

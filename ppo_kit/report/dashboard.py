@@ -15,7 +15,7 @@ from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.gridspec import SubplotSpec
 
-from ppo_kit.monitor.metrics import METRICS
+from ppo_kit.monitor.metric_names import METRICS
 from ppo_kit.report.curves import (
     BLUE,
     FAINT,

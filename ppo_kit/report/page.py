@@ -11,7 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from ppo_kit.monitor.metrics import METRICS
+from ppo_kit.monitor.metric_names import METRICS
 from ppo_kit.report.history import read_json, read_rows
 
 STEPS = 20

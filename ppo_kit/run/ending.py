@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
-from ppo_kit.monitor.metrics import METRICS
+from ppo_kit import report
+from ppo_kit.monitor.metric_names import METRICS
 from ppo_kit.run.progress import Progress
 
 
-def show_ending(
-    folder: Path,
-    summary: Mapping[str, Any],
-    progress: Progress,
-    *,
-    pictures: Iterable[Callable[[Path], Path]],
-) -> None:
-    """Draw ``pictures`` of the run in ``folder``, print the table of ``summary`` and what was written.
+def show_ending(folder: Path, summary: Mapping[str, Any], progress: Progress) -> None:
+    """Draw the run in ``folder``, print the table of ``summary`` and what was written.
 
     A picture that cannot be drawn is no reason to end a run that is trained and saved: it is said.
     """
-    for draw in pictures:
+    for name in ("draw_dashboard", "write_report"):
         try:
-            draw(folder)
+            getattr(report, name)(folder)  # matplotlib is imported here, after the run
         except Exception as error:
-            name = getattr(draw, "__name__", draw)
             progress.note(f"{name}: nothing drawn ({type(error).__name__}: {error})")
     progress.console.print(before_and_after(summary["before"], summary["after"]))
     for line in files_written(folder):

@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from ppo_kit.monitor.metrics import METRICS
+from ppo_kit.monitor.metric_names import METRICS
 
 _COLUMNS = {
     "score": ("score", "{:9.3f}"),

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from ppo_kit.monitor.metrics import METRICS
+from ppo_kit.monitor.metric_names import METRICS
 from ppo_kit.report.history import read_rows
 
 

@@ -16,8 +16,6 @@ from rich.console import Console
 
 from ppo_kit.engine import Engine, LocalEngine, Stateful, ranks
 from ppo_kit.monitor.loggers import check_loggers
-from ppo_kit.report.dashboard import draw_dashboard
-from ppo_kit.report.page import write_report
 from ppo_kit.run import checkpoint
 from ppo_kit.run.ending import show_ending
 from ppo_kit.run.faults import Clearable, Faults
@@ -292,7 +290,7 @@ class Run:
         }
         if ranks.is_main():
             write_json(self.folder / "summary.json", summary)
-            show_ending(self.folder, summary, self._progress, pictures=(draw_dashboard, write_report))
+            show_ending(self.folder, summary, self._progress)
         if self.interrupted:
             where = f"step {self._last} of {self.settings.steps}"
             self._progress.note(f"Interrupted after {where}; {self._how_to_go_on()}")

@@ -16,7 +16,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from ppo_kit.batch import MASKS, present_key
-from ppo_kit.modules.minibatches import with_counts
+from ppo_kit.modules.splits import with_counts
 from ppo_kit.testing.component import Component, columns_of, first_difference
 from ppo_kit.testing.search import Batches, fail, search
 from ppo_kit.testing.strategies import batches
@@ -105,7 +105,7 @@ def check_split_invariance(
 ) -> None:
     """The scalars and gradients of micro-batches add up to those of the whole batch, for every way to cut it.
 
-    The batch carries ``num_tokens`` and ``num_sequences`` (see ``ppo_kit.modules.minibatches``); a loss that
+    The batch carries ``num_tokens`` and ``num_sequences`` (see ``ppo_kit.modules.splits``); a loss that
     divides by what it counts itself fails. Ranks are micro-batches too.
 
     Raises:

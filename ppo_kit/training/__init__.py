@@ -1,12 +1,26 @@
 """What the loop of a recipe is written with: settings, session, update, evaluation."""
 
-from ppo_kit.training.batch_update import BatchUpdate
-from ppo_kit.training.loop import Loop
-from ppo_kit.training.pair_report import report_pairs
-from ppo_kit.training.session import Session
-from ppo_kit.training.settings import OptimizerSettings, PPOSettings, RLSettings, RunSettings, UpdateSettings
-from ppo_kit.training.supervised import Supervised, SupervisedSettings
-from ppo_kit.training.update import TextLoss, Update
+from typing import TYPE_CHECKING
+
+from ppo_kit.lazy import load_on_first_use
+
+if TYPE_CHECKING:
+    from ppo_kit.training.batch_update import BatchUpdate
+    from ppo_kit.training.loop import Loop
+    from ppo_kit.training.pair_report import report_pairs
+    from ppo_kit.training.session import Session
+    from ppo_kit.training.settings import (
+        OptimizerSettings,
+        PPOSettings,
+        RLSettings,
+        RunSettings,
+        SupervisedSettings,
+        UpdateSettings,
+    )
+    from ppo_kit.training.supervised import Supervised
+    from ppo_kit.training.update import TextLoss, Update
+else:
+    __getattr__, __dir__ = load_on_first_use(__name__)
 
 __all__ = [
     "BatchUpdate",

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from ppo_kit.data import Dialogues, Pairs, load_dialogues, load_pairs, split_rows, without_prompts
 from ppo_kit.models import Policy, load_causal_lm
 from ppo_kit.sandbox import sandbox_dialogues, sandbox_pairs, sandbox_prompts
-
-if TYPE_CHECKING:
-    from ppo_kit.training.supervised import SupervisedSettings
+from ppo_kit.training.settings import SupervisedSettings
 
 
 def load_run_dialogues(

@@ -1,20 +1,23 @@
 """The settings that recipes share, one class for each subject; a recipe's own dataclass adds its algorithm's.
 
 All fields are flat on the recipe's class (``cfg.lr``, ``--lr``). ``--help`` groups them by these classes.
+What needs torch is imported where it is used: ``--help`` does without.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from ppo_kit.data import OnBadRow
-from ppo_kit.engine import EngineSettings, Schedule, ranks
+from ppo_kit.engine import EngineSettings, Schedule
 from ppo_kit.engine.zero_config import zero_config
-from ppo_kit.memory import Workload
 from ppo_kit.memory.sharding import Sharding
 from ppo_kit.sampling import Sampling
+
+if TYPE_CHECKING:
+    from ppo_kit.memory import Workload
 
 
 @dataclass(frozen=True)
@@ -147,12 +150,16 @@ class RLSettings(UpdateSettings, SamplingSettings, DataSettings, ModelSettings, 
     @property
     def workload(self) -> Workload:
         """The sizes that the memory estimate needs."""
+        from ppo_kit.memory import Workload
+
         sizes = {field.name: getattr(self, field.name) for field in fields(Workload) if field.name != "dtype"}
         return Workload(**sizes, dtype=self.compute_dtype)
 
     @property
     def sharding(self) -> Sharding:
         """What the memory estimate needs to know of the engine."""
+        from ppo_kit.engine import ranks
+
         if self.engine == "local":
             return Sharding()
         stage = zero_config(self)["zero_optimization"]["stage"]
@@ -176,3 +183,37 @@ class PPOSettings(RLSettings):
     """λ of GAE, Eq. 9 (report's figures: 0.9; released script: 0.95)."""
     clip: float = 0.2
     """ε of the clipped surrogate, Eq. 15 (report: 0.2)."""
+
+
+@dataclass(frozen=True)
+class SupervisedSettings(OptimizerSettings, EngineSettings, RunSettings):
+    """The model that is trained, and its data."""
+
+    base: str = "sandbox"
+    """Model to start from: sandbox, smollm2, a folder (of a model or of a run) or a Hub id."""
+    train_layers: int = -1
+    """Train only the top N layers, and the head of a reward model; -1 trains all."""
+    lora_rank: int = 0
+    """Train LoRA adapters of this rank instead, merged when saved (needs peft); 0 is off."""
+    on_bad_row: OnBadRow = "stop"
+    """A bad row stops the run, naming file and line, or is skipped and counted."""
+    max_tokens: int = 512
+    """Longest prompt and answer together [tokens]. A longer row is a bad row."""
+    batch_size: int = 32
+    """Rows (dialogues or pairs) per optimizer step, over all ranks."""
+    held_out: int = 100
+    """Rows of an evaluation, whose prompts are not trained on; 0 holds none out."""
+    schedule: Schedule = "linear"
+    """Learning rate after the warm-up."""
+    max_grad_norm: float | None = 1.0
+    """Global gradient norm that gradients are clipped to; None leaves them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora_rank and self.train_layers >= 0:
+            raise ValueError(
+                f"--lora-rank {self.lora_rank} and --train-layers {self.train_layers}: choose one, LoRA "
+                "trains every layer"
+            )
+        if self.batch_size < 1:
+            raise ValueError(f"--batch-size: got {self.batch_size}, needs at least 1")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from transformers import AutoModelForCausalLM
 
-from ppo_kit.data import Dialogues, OnBadRow, Pairs
-from ppo_kit.engine import EngineSettings, Schedule, ranks
+from ppo_kit.data import Dialogues, Pairs
+from ppo_kit.engine import ranks
 from ppo_kit.models import (
     LoRA,
     Policy,
@@ -34,41 +33,7 @@ from ppo_kit.sandbox.build import PolicySize, sandbox_policy
 from ppo_kit.training.batch_update import BatchUpdate
 from ppo_kit.training.examples import load_run_dialogues, load_run_pairs
 from ppo_kit.training.loop import Loop
-from ppo_kit.training.settings import OptimizerSettings, RunSettings
-
-
-@dataclass(frozen=True)
-class SupervisedSettings(OptimizerSettings, EngineSettings, RunSettings):
-    """The model that is trained, and its data."""
-
-    base: str = "sandbox"
-    """Model to start from: sandbox, smollm2, a folder (of a model or of a run) or a Hub id."""
-    train_layers: int = -1
-    """Train only the top N layers, and the head of a reward model; -1 trains all."""
-    lora_rank: int = 0
-    """Train LoRA adapters of this rank instead, merged when saved (needs peft); 0 is off."""
-    on_bad_row: OnBadRow = "stop"
-    """A bad row stops the run, naming file and line, or is skipped and counted."""
-    max_tokens: int = 512
-    """Longest prompt and answer together [tokens]. A longer row is a bad row."""
-    batch_size: int = 32
-    """Rows (dialogues or pairs) per optimizer step, over all ranks."""
-    held_out: int = 100
-    """Rows of an evaluation, whose prompts are not trained on; 0 holds none out."""
-    schedule: Schedule = "linear"
-    """Learning rate after the warm-up."""
-    max_grad_norm: float | None = 1.0
-    """Global gradient norm that gradients are clipped to; None leaves them."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.lora_rank and self.train_layers >= 0:
-            raise ValueError(
-                f"--lora-rank {self.lora_rank} and --train-layers {self.train_layers}: choose one, LoRA "
-                "trains every layer"
-            )
-        if self.batch_size < 1:
-            raise ValueError(f"--batch-size: got {self.batch_size}, needs at least 1")
+from ppo_kit.training.settings import SupervisedSettings
 
 
 class Supervised(Loop):

@@ -23,8 +23,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from ppo_kit import report
 from ppo_kit.models import save_model
-from ppo_kit.run import checkpoint, run
+from ppo_kit.run import checkpoint
 from ppo_kit.run.checkpoint import has_checkpoint, load_checkpoint
 from ppo_kit.sandbox import sandbox_config, sandbox_tokenizer
 from ppo_kit.sandbox.world import PROMPT_OF
@@ -73,7 +74,7 @@ def live(settings: ppo_max.PPOMax, log: Path, *, die_at: int | None = None) -> i
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
         # The picture is no part of what is resumed, and takes longer than all the rest.
-        run.draw_dashboard = lambda folder: None
+        report.draw_dashboard = lambda folder: None
         if die_at is not None:
             _die_while_saving(die_at)
         code = ppo_max.main(settings)

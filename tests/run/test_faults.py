@@ -58,7 +58,7 @@ def user(save_sandbox_models, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch):
-    monkeypatch.setattr("ppo_kit.run.run.draw_dashboard", lambda folder: None)
+    monkeypatch.setattr("ppo_kit.report.draw_dashboard", lambda folder: None)
 
 
 @pytest.fixture

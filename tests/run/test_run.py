@@ -22,7 +22,7 @@ def rows(path):
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch):
-    monkeypatch.setattr("ppo_kit.run.run.draw_dashboard", lambda folder: None)
+    monkeypatch.setattr("ppo_kit.report.draw_dashboard", lambda folder: None)
 
 
 def test_the_default_command_twice_makes_two_folders(toy):
@@ -461,7 +461,7 @@ def test_a_picture_that_cannot_be_drawn_ends_no_run(toy, monkeypatch, capsys):
     def draw_dashboard(folder):
         raise RuntimeError("no fonts")
 
-    monkeypatch.setattr("ppo_kit.run.run.draw_dashboard", draw_dashboard)
+    monkeypatch.setattr("ppo_kit.report.draw_dashboard", draw_dashboard)
     run = toy.train(toy.ToySettings(steps=1))
     assert run.exit_code == 0
     assert (run.folder / "report.html").exists()

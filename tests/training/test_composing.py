@@ -44,7 +44,7 @@ def cheap(brought: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(("row", "shaping", "update"), ROWS, ids=[row[:40] for row, _, _ in ROWS])
 def test_a_row_of_the_page_runs_for_a_step(cheap, tmp_path, monkeypatch, row, shaping, update):
     # The pictures are no part of what a row changes, and take longer than all the rest.
-    monkeypatch.setattr("ppo_kit.run.run.draw_dashboard", lambda folder: None)
+    monkeypatch.setattr("ppo_kit.report.draw_dashboard", lambda folder: None)
     run = Session(PPOSettings(**cheap, out=tmp_path / "run"), critic="ValueLoss" in update)
     before = {key: value.clone() for key, value in run.policy.state_dict().items()}
     shape = run.shaping(*called(shaping, run=run)[0])
