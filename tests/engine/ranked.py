@@ -52,7 +52,7 @@ def do(job: dict[str, Any]) -> int:
     # The memory estimate and the pictures take most of a tiny run's time.
     with (
         mock.patch("ppo_kit.training.session.log_memory"),
-        mock.patch("ppo_kit.run.run.draw_dashboard"),
+        mock.patch("ppo_kit.report.draw_dashboard"),
         CHANGES[job.get("change", "none")](),
     ):
         return main(kind(**settings))
