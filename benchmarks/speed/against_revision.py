@@ -12,10 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -23,11 +20,9 @@ from typing import Any
 
 import tyro
 from lockstep.cases import CASES, Case
-from lockstep.models import case_folder
+from lockstep.checkouts import HERE, checkout, our_worker
 from lockstep.summary import paired_ratio
-from lockstep.turns import Worker
 
-HERE = Path(__file__).resolve().parents[2]
 PARTS = ("seconds_rollout", "seconds_score", "seconds_train")
 
 
@@ -43,49 +38,6 @@ class Settings:
     """Settings of the recipe, name=value as JSON, for this checkout alone: temperature=0.7."""
     out: Path | None = None
     """Write all iterations there as JSON."""
-
-
-@contextlib.contextmanager
-def checkout(against: str) -> Iterator[Path]:
-    """The folder of a checkout: the one named, or a temporary one of a git revision."""
-    if Path(against).is_dir():
-        yield Path(against).resolve()
-        return
-    git = ["git", "-C", str(HERE)]
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary, "checkout")
-        subprocess.run([*git, "worktree", "add", "--detach", str(folder), against], check=True)
-        try:
-            yield folder
-        finally:
-            subprocess.run([*git, "worktree", "remove", "--force", str(folder)], check=True)
-
-
-def our_worker(name: str, root: Path, case: Case, runs: Path, **changes: Any) -> Worker:
-    """A worker that runs the case's recipe of the checkout ``root``."""
-    models = case_folder(case)
-    settings = {
-        "policy": str(models / "policy"),
-        "reward": [str(models / "reward")],
-        "prompts": str(models / "prompts.jsonl"),
-        "held_out": 0,
-        "steps": 10**6,
-        "out": str(runs / name),
-        "rollout_size": case.batch,
-        "minibatch_size": case.minibatch,
-        "micro_batch_size": case.minibatch,
-        "max_new_tokens": case.longest,
-        "lr": 1e-7,
-        "critic_lr": 1e-7,
-        **case.settings,
-        **changes,
-    }
-    worker = str(Path(__file__).parent / "lockstep" / "our_worker.py")
-    command = [sys.executable, worker, str(root / "recipes" / f"{case.recipe}.py"), json.dumps(settings)]
-    made = Worker(name, command, runs / f"{name}.log", {"PYTHONPATH": str(root)})
-    if Path(made.about["package"]) != root / "ppo_kit":
-        raise RuntimeError(f"{name}: imported {made.about['package']}, needs {root / 'ppo_kit'}")
-    return made
 
 
 def measure(case: Case, other: Path, iterations: int, changes: dict[str, Any]) -> dict[str, list[Any]]:
