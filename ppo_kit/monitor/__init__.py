@@ -8,8 +8,17 @@ if TYPE_CHECKING:
     from ppo_kit.monitor.first_ratio import check_first_ratio
     from ppo_kit.monitor.metric_names import METRICS, metrics_page
     from ppo_kit.monitor.metrics import Averages, rollout_metrics
+    from ppo_kit.monitor.spread import spread_metrics
     from ppo_kit.monitor.stopwatch import Stopwatch
 else:
     __getattr__, __dir__ = load_on_first_use(__name__)
 
-__all__ = ["METRICS", "Averages", "Stopwatch", "check_first_ratio", "metrics_page", "rollout_metrics"]
+__all__ = [
+    "METRICS",
+    "Averages",
+    "Stopwatch",
+    "check_first_ratio",
+    "metrics_page",
+    "rollout_metrics",
+    "spread_metrics",
+]

@@ -36,6 +36,24 @@ METRICS: dict[str, str] = {
     "kl_coef": "weight of the KL penalty in the reward of this step",
     "truncated_fraction": "fraction of responses that ended by length, without end-of-sequence [0 to 1]",
     "tokens_per_second": "response tokens generated and trained on per second of the whole step [tokens/s]",
+    "score_min": "least score of the step's responses [reward units]",
+    "score_max": "greatest score of the step's responses [reward units]",
+    "score_spread": "standard deviation of the step's scores over responses [reward units]",
+    "response_length_min": "shortest response [tokens]",
+    "response_length_max": "longest response [tokens]",
+    "response_length_spread": "standard deviation of the lengths [tokens]",
+    "ended_length": "length of the responses that ended by themselves, mean over them [tokens]",
+    "advantages_min": "least advantage of an action",
+    "advantages_max": "greatest advantage of an action",
+    "advantages_spread": "standard deviation of the advantages over actions",
+    "equal_group_fraction": "fraction of prompts with several responses whose scores are all equal: groups "
+    "that teach nothing in GRPO and RLOO [0 to 1]",
+    "repetition": "fraction of a response's 3-grams that stand earlier in it, mean over responses [0 to 1]",
+    "distinct_2": "distinct 2-grams of the step's responses over all their 2-grams [0 to 1]",
+    "sampler_kl_k1": "KL(sampler, scorer), where sampler_log_probs exist, estimator k1 [nats per token]",
+    "sampler_kl_k3": "the same, estimator k3 [nats per token]",
+    "sampler_effective_size": "effective sample size of the weights π_old / π_sampler, as a fraction of the "
+    "actions; 1 where sampler and scorer agree [0 to 1]",
     "seconds_rollout": "time spent generating [s]",
     "seconds_score": "time spent in the reward, reference and critic models [s]",
     "seconds_train": "time spent in optimizer steps [s]",
@@ -63,7 +81,8 @@ see [batch.md](batch.md).
 {rows}
 
 Other names are logged as they are: `<name>_loss` for a loss `loss_<name>` of your own, and its diagnostics; \
-`score_<name>` for each part of a reward; what `metrics()` of a shaping part of your own returns.
+`score_<name>` for each part of a reward; `pass_at_<k>`, where every score is 0 or 1, for the fraction of \
+prompts of which one of the k responses has a 1; what `metrics()` of a shaping part of your own returns.
 
 This page is `ppo_kit.monitor.metrics_page()`, made from the table `METRICS`.
 """

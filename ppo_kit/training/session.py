@@ -18,7 +18,7 @@ from ppo_kit.engine import ranks
 from ppo_kit.models import check_policy, check_positions, check_scalar, load_tokenizer, save_model
 from ppo_kit.models.policy import ModelModule
 from ppo_kit.modules import BatchLoss, Shaping
-from ppo_kit.monitor import rollout_metrics
+from ppo_kit.monitor import rollout_metrics, spread_metrics
 from ppo_kit.run import check_finite
 from ppo_kit.sampling import row_seed
 from ppo_kit.sandbox import sandbox_gold
@@ -269,7 +269,10 @@ class Session(Loop):
     def log(self, step: int, batch: TensorDictBase, metrics: dict[str, float]) -> None:
         """Log the rollout's metrics and those of the update, and the first responses as text."""
         parts = {key: value for chain in self._shapings for key, value in chain.metrics().items()}
-        self.log_metrics(step, {**rollout_metrics(batch), **parts, **metrics, **self.watch.lap(batch)})
+        self.log_metrics(
+            step,
+            {**rollout_metrics(batch), **spread_metrics(batch), **parts, **metrics, **self.watch.lap(batch)},
+        )
         self.run.sample(step, samples_of(batch, self.tokenizer), scores=batch["score"].tolist())
 
     # What happens around it.
