@@ -172,7 +172,9 @@ class KLPenalty(BatchModule):
     ) -> tuple[Tensor, Tensor]:
         old, ref = zero_masked(old_log_probs, mask), zero_masked(ref_log_probs, mask)
         kl = kl_estimate(old, ref, kind=self.kind, cap=self.cap)
-        return kl, zero_masked(rewards - self.controller.coef * kl, mask)
+        coef = self.controller.coef
+        penalty = torch.where(coef == 0, 0.0, coef * kl)  # 0 · ∞ is NaN
+        return kl, zero_masked(rewards - penalty, mask)
 
     @torch.no_grad()
     def update(self, batch: TensorDictBase) -> None:

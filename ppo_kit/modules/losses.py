@@ -27,7 +27,8 @@ def ratio_diagnostics(
     """Per token: the ratio ρ = π / π_old, whether the clip binds, and the k3 estimate of KL(π_old, π).
 
     The clip binds where it stops the gradient: ρ > 1 + clip_high with A > 0, or ρ < 1 − clip_low with A < 0.
-    (TRL counts the same tokens; CleanRL counts every token outside the range.)
+    (TRL counts the same tokens; CleanRL counts every token outside the range.) A ratio beyond float32
+    (ρ > e^88) is given as 1 + clip_high, or no average over tokens would say anything of the others.
 
     >>> binds = ratio_diagnostics(torch.tensor([0.0, 0.0]), torch.tensor([-1.0, -1.0]),
     ...                           torch.tensor([1.0, -1.0]), 0.2, 0.2)[1]
@@ -37,6 +38,7 @@ def ratio_diagnostics(
     with torch.no_grad():
         ratio = (log_probs - old_log_probs).exp()
         binds = ((advantages > 0) & (ratio > 1 + clip_high)) | ((advantages < 0) & (ratio < 1 - clip_low))
+        ratio = ratio.masked_fill(ratio.isinf(), 1 + clip_high)
         return ratio, binds.float(), kl_estimate(old_log_probs, log_probs, kind="k3")
 
 

@@ -102,7 +102,8 @@ class BatchLoss(BatchModule):
     Without them the batch counts its own.
 
     Args:
-        weight: what the loss is multiplied with, 0 or more. Diagnostics are not.
+        weight: what the loss is multiplied with, 0 or more. Diagnostics are not. With 0 the loss and its
+            gradient are 0, whatever the tokens hold.
         aggregate: ``"token_mean"``, ``"sequence_mean"``, or any ``Aggregate`` such as ``ConstantMean(512)``;
             by default that of the ``Objective`` it is in, and without one the class's ``AGGREGATE``.
             Diagnostics are always averaged over tokens.
@@ -144,7 +145,7 @@ class BatchLoss(BatchModule):
         loss, *diagnostics = outputs if isinstance(outputs, tuple) else (outputs,)
         counts = Counts(count_of(batch, "num_tokens"), count_of(batch, "num_sequences"))
         out = TensorDict(batch_size=[], device=batch.device)
-        out.set(self.out_keys[0], self.weight * self.aggregate(loss, mask, counts))
+        out.set(self.out_keys[0], _weighted(self.weight, self.aggregate(loss, mask, counts), clean))
         for key, value in zip(self.out_keys[1:], diagnostics, strict=True):
             out.set(key, _tokens(value.detach().float(), mask, counts))
         return out
@@ -217,6 +218,14 @@ def _aggregate(owner: object, aggregate: str | Aggregate) -> Aggregate:
             f"needs one of {sorted(AGGREGATES)} or a callable"
         )
     return aggregate
+
+
+def _weighted(weight: float, loss: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+    """weight · loss. For weight 0, a zero that depends on the inputs and not on the loss: 0 · ∞ is NaN."""
+    if weight:
+        return weight * loss
+    nothing = [x.flatten()[:0].sum().to(loss.dtype) for x in inputs if x.requires_grad]
+    return torch.stack([loss.new_zeros(()), *nothing]).sum()
 
 
 def _select(x: Tensor, mask: Tensor) -> Tensor:

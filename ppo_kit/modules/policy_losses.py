@@ -161,7 +161,7 @@ class CISPO(ClippedRatioLoss):
         loss = cispo(log_probs, old, advantages, clip_low=self.clip_low, clip_high=self.clip_high)
         ratio, _, approx_kl = ratio_diagnostics(log_probs, old, advantages, math.inf, math.inf)
         outside = (ratio > 1 + self.clip_high) | (ratio < 1 - self.clip_low)
-        return loss, ratio, outside.float(), approx_kl
+        return loss, ratio.masked_fill(ratio.isinf(), 1 + self.clip_high), outside.float(), approx_kl
 
 
 class GSPO(ClippedRatioLoss):

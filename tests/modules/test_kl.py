@@ -194,3 +194,12 @@ def test_a_cap_keeps_a_far_token_finite(kind):
     penalty = KLPenalty(1.0, kind="k3", cap=20.0)
     batch["rewards"] = 0 * one
     assert penalty(batch)["kl"].isfinite().all()
+
+
+def test_a_penalty_of_weight_0_is_0_whatever_the_kl():
+    """The reference gives a token the probability 0."""
+    one = torch.ones(1, 2)
+    impossible = -torch.tensor([[math.inf, 1.0]])
+    columns = {"rewards": one, "old_log_probs": -one, "ref_log_probs": impossible}
+    batch = TensorDict({**columns, "response_mask": one.bool()}, [1])
+    assert KLPenalty(0.0)(batch)["rewards"].tolist() == [[1.0, 1.0]]

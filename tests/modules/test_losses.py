@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tensordict import TensorDict
 
 from ppo_kit.modules import (
     CISPO,
@@ -26,6 +27,7 @@ from ppo_kit.modules import (
     ScoreWhiten,
     SquaredValueLoss,
     SumScores,
+    total_loss,
 )
 from ppo_kit.testing import batches, check_against_loop
 
@@ -236,3 +238,55 @@ def lengths(equation):
 )
 def test_scores(module, loop):
     check_against_loop(module, loop, rtol=1e-3)
+
+
+def at_log_ratio(log_ratio, advantage):
+    """Two tokens: at the first the policy is where it was, at the second ``log_ratio`` away."""
+    zero, there = torch.zeros(1, 2), torch.tensor([[0.0, log_ratio]])
+    columns = {"log_probs": there.requires_grad_(), "old_log_probs": zero, "ref_log_probs": zero,
+               "advantages": torch.tensor([[1.0, advantage]]), "values": there, "old_values": zero,
+               "returns": zero, "entropy": there, "entropy_estimate": there,
+               "response_mask": torch.ones(1, 2, dtype=torch.bool)}  # fmt: skip
+    return TensorDict(columns, [1])
+
+
+@pytest.mark.parametrize(
+    ("loss", "high"),
+    [
+        (ClippedSurrogate(clip=0.2), 1.2),
+        (ClippedSurrogate(clip=0.2, clip_high=0.3), 1.3),
+        (ClippedSurrogate(clip=0.2, dual_clip=3.0), 1.2),
+        (CISPO(clip_high=0.2), 1.2),
+        (GMPO(log_clip_high=0.4), math.exp(0.4)),
+    ],
+)
+def test_a_ratio_beyond_float32_counts_as_the_clip(loss, high):
+    for log_ratio, ratio in ((5.0, math.exp(5.0)), (100.0, high)):
+        out = loss(at_log_ratio(log_ratio, -1.0 if getattr(loss, "dual_clip", None) else 1.0))
+        assert out["ratio"].item() == pytest.approx((1 + ratio) / 2)
+        assert out["loss_policy"].isfinite()
+    whole = GSPO(clip_high=0.5)(at_log_ratio(400.0, 1.0))
+    assert whole["ratio"].item() == pytest.approx(1.5)
+
+
+WEIGHTLESS = [
+    lambda: ClippedSurrogate(weight=0.0),
+    lambda: PolicyGradient(weight=0.0),
+    lambda: ImportanceSampling(weight=0.0),
+    lambda: EntropyBonus(0.0),
+    lambda: KLLoss(0.0),
+    lambda: SquaredValueLoss(weight=0.0),
+    lambda: HuberValueLoss(weight=0.0),
+    lambda: ClippedValueLoss(weight=0.0),
+    lambda: LanguageModelLoss(weight=0.0),
+]
+
+
+@pytest.mark.parametrize("make", WEIGHTLESS)
+@pytest.mark.parametrize("value", [100.0, 1e30, math.inf, -math.inf])
+def test_a_loss_of_weight_0_is_0_whatever_it_reads(make, value):
+    batch = at_log_ratio(value, -1.0)
+    total = total_loss(make()(batch))
+    assert total.item() == 0
+    total.backward()
+    assert batch["log_probs"].grad is None or (batch["log_probs"].grad == 0).all()
