@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORDER = (
     "functional", "modules", "engine", "data", "models", "sampling", "rewards", "memory", "monitor", "report",
-    "run", "sandbox", "training", "doctor", "cli", "sweep",
+    "run", "sandbox", "training", "doctor", "cli", "sweep", "profile",
 )  # fmt: skip
 """Packages from the bottom up: each may import those before it."""
 BELOW = {package: {"batch", "lazy", *ORDER[: index + 1]} for index, package in enumerate(ORDER)}

@@ -25,6 +25,7 @@ COMMANDS = {
     "replay": "say what was not finite in a batch that a run stopped at",
     "report": "draw the picture and the page of run folders again",
     "compare": "draw run folders over each other",
+    "profile": "say where the time of a step goes, and what to change: ppo-kit profile RECIPE [flags]",
     "bisect": "find where two runs that should be equal part: ppo-kit bisect FOLDER FOLDER",
 }
 _PROGRAMS = {
@@ -34,6 +35,7 @@ _PROGRAMS = {
     "replay": "ppo_kit.run.__main__",
     "report": "ppo_kit.cli.pictures",
     "compare": "ppo_kit.cli.pictures",
+    "profile": "ppo_kit.profile.__main__",
     "bisect": "ppo_kit.run.bisect",
 }
 """Command -> the module whose ``main(arguments)`` it is; imported when asked for, for torch takes seconds."""

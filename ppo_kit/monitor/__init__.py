@@ -9,16 +9,18 @@ if TYPE_CHECKING:
     from ppo_kit.monitor.metric_names import METRICS, metrics_page
     from ppo_kit.monitor.metrics import Averages, rollout_metrics
     from ppo_kit.monitor.spread import spread_metrics
-    from ppo_kit.monitor.stopwatch import Stopwatch
+    from ppo_kit.monitor.stopwatch import StepObserver, Stopwatch, observing
 else:
     __getattr__, __dir__ = load_on_first_use(__name__)
 
 __all__ = [
     "METRICS",
     "Averages",
+    "StepObserver",
     "Stopwatch",
     "check_first_ratio",
     "metrics_page",
+    "observing",
     "rollout_metrics",
     "spread_metrics",
 ]
