@@ -26,6 +26,7 @@ COMMANDS = {
     "report": "draw the picture and the page of run folders again",
     "compare": "draw run folders over each other",
     "profile": "say where the time of a step goes, and what to change: ppo-kit profile RECIPE [flags]",
+    "inspect": "read responses token by token: a page from a run folder or a fault's file",
     "bisect": "find where two runs that should be equal part: ppo-kit bisect FOLDER FOLDER",
 }
 _PROGRAMS = {
@@ -37,6 +38,7 @@ _PROGRAMS = {
     "compare": "ppo_kit.cli.pictures",
     "profile": "ppo_kit.profile.__main__",
     "bisect": "ppo_kit.run.bisect",
+    "inspect": "ppo_kit.cli.tokens",
 }
 """Command -> the module whose ``main(arguments)`` it is; imported when asked for, for torch takes seconds."""
 _NAMED = ("replay", "report", "compare")

@@ -128,7 +128,7 @@ def _sample(row: dict[str, Any]) -> dict[str, str]:
     facts = [
         f"{key} {value:.3f}" if isinstance(value, float) else f"{key}: {value}"
         for key, value in row.items()
-        if key not in ("prompt", "response")
+        if key not in ("prompt", "response", "tokens")
     ]
     return {
         "prompt": str(row.get("prompt", "")),

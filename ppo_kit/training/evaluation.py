@@ -45,13 +45,13 @@ def unscored(batch: TensorDictBase) -> TensorDictBase:
 
 
 def samples_of(
-    batch: TensorDictBase, tokenizer: PreTrainedTokenizerBase, count: int = 4
+    batch: TensorDictBase, tokenizer: PreTrainedTokenizerBase, rows: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """The first ``count`` rows as text with their scores and columns, for samples.jsonl."""
-    head = batch[:count]
+    """``rows`` of the batch as text with their scores and columns, for samples.jsonl."""
+    head = batch[list(rows)]
     prompts = decode(tokenizer, head["prompt_ids"], head["prompt_mask"])
     responses = decode(tokenizer, head["response_ids"], head["response_mask"])
-    rows: list[dict[str, Any]] = [
+    samples: list[dict[str, Any]] = [
         {"prompt": prompt, "response": response} for prompt, response in zip(prompts, responses, strict=True)
     ]
     for key, value in head.items():
@@ -59,6 +59,6 @@ def samples_of(
             told = key in ("truncated", "abstained") or _is_score(str(key))
         else:
             told = key != "messages"
-        for row, each in zip(rows, value.tolist() if told else (), strict=False):
-            row[str(key)] = each
-    return rows
+        for sample, each in zip(samples, value.tolist() if told else (), strict=False):
+            sample[str(key)] = each
+    return samples

@@ -29,7 +29,11 @@ from ppo_kit.training.models import RewardSources, inputs_of, load_models, log_m
 from ppo_kit.training.prompts import load_run_prompts, load_text
 from ppo_kit.training.sampler import Sampler, gathered
 from ppo_kit.training.settings import PPOSettings, RLSettings
+from ppo_kit.training.token_records import rows_of_prompts, token_records
 from ppo_kit.training.update import TextLoss, Update
+
+SAMPLES = 4
+"""Responses of each step that are kept as text."""
 
 
 class Session(Loop):
@@ -267,13 +271,37 @@ class Session(Loop):
         return unscored(gathered(self.rewards(batch)))
 
     def log(self, step: int, batch: TensorDictBase, metrics: dict[str, float]) -> None:
-        """Log the rollout's metrics and those of the update, and the first responses as text."""
+        """Log the rollout's metrics and those of the update; keep a few responses, as text and by token."""
         parts = {key: value for chain in self._shapings for key, value in chain.metrics().items()}
         self.log_metrics(
             step,
             {**rollout_metrics(batch), **spread_metrics(batch), **parts, **metrics, **self.watch.lap(batch)},
         )
-        self.run.sample(step, samples_of(batch, self.tokenizer), scores=batch["score"].tolist())
+        self.run.sample(step, self._samples(batch), scores=batch["score"].tolist())
+
+    def _samples(self, batch: TensorDictBase) -> list[dict[str, Any]]:
+        """The first responses of the step as text; of some, every token with its numbers.
+
+        These are the responses to the first prompts of the run, whenever they come again, so that one prompt
+        can be read over the steps; where none of them is in the step, its first responses.
+        """
+        cfg = self.settings
+        rows = list(range(min(SAMPLES, len(batch))))
+        if not cfg.inspect:
+            return samples_of(batch, self.tokenizer, rows)
+        first = [
+            self.prompts[row] for row in self.prompts.batch(0, min(cfg.inspect, len(self.prompts)), cfg.seed)
+        ]
+        again = rows_of_prompts(batch, first)
+        rows = list(dict.fromkeys([*rows, *again]))
+        samples = samples_of(batch, self.tokenizer, rows)
+        inspected = again or rows[: cfg.inspect]
+        clip = getattr(cfg, "clip", None)
+        clips = None if clip is None else (clip, getattr(cfg, "clip_high", clip))
+        tokens = token_records(batch, inspected, self.tokenizer, policy=self.policy, clip=clips)
+        for row, record in zip(inspected, tokens, strict=True):
+            samples[rows.index(row)]["tokens"] = record
+        return samples
 
     # What happens around it.
 

@@ -147,6 +147,9 @@ class UpdateSettings(OptimizerSettings):
 class RLSettings(UpdateSettings, SamplingSettings, DataSettings, ModelSettings, EngineSettings, RunSettings):
     """What every recipe shares that samples responses and learns from their rewards."""
 
+    inspect: int = 2
+    """Responses per step of which every token is kept with its numbers, for ppo-kit inspect; 0 keeps none."""
+
     @property
     def workload(self) -> Workload:
         """The sizes that the memory estimate needs."""
