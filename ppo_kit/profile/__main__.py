@@ -16,7 +16,7 @@ import runpy
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ def profile_recipe(file: Path, flags: Sequence[str], *, measure: int, to: Path |
         ValueError: the file has no ``main``, or the run ended before all steps were measured.
     """
 
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler announces itself, with its process id
     from ppo_kit.engine.local import device_of
     from ppo_kit.engine.settings import bf16_is_slow
     from ppo_kit.monitor import observing
@@ -66,8 +67,11 @@ def profile_recipe(file: Path, flags: Sequence[str], *, measure: int, to: Path |
 
     run, settings = _recipe(file, flags)
     recorder = Recorder(measure)
+    print(f"{file.stem}: running {recorder.needed} steps", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder, observing(recorder), closing(recorder):
-        run(_short(settings, steps=recorder.needed, out=Path(folder, "run")))
+        short = _short(settings, steps=recorder.needed, out=Path(folder, "run"))
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # the folder it names is removed
+            run(short)
     dtype, device = settings.compute_dtype, device_of(settings)
     found = read_trace(recorder, best_rate=best_rate(dtype, device))
     machine = Machine(
@@ -78,7 +82,7 @@ def profile_recipe(file: Path, flags: Sequence[str], *, measure: int, to: Path |
         bf16_is_slow=bf16_is_slow(device),
     )
     said = advice(found, machine)
-    print(f"\n{file.stem}: {device.type}, {str(dtype).removeprefix('torch.')}, threads {settings.threads}")
+    print(f"{file.stem}: {device.type}, {str(dtype).removeprefix('torch.')}, threads {settings.threads}")
     print(tables(found), *[f"- {each}" for each in said or ["nothing stands out"]], sep="\n")
     if to is not None:
         content = {"recipe": file.stem, **dataclasses.asdict(machine), **dataclasses.asdict(found)}

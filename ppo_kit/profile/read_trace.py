@@ -62,7 +62,7 @@ def best_rate(dtype: torch.dtype, device: torch.device) -> float:
     """The best of some large matrix products [floating-point operations per second]."""
     size, best = (4096 if device.type == "cuda" else 1024), 0.0
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    for _ in range(5):
+    for _ in range(10):
         start = time.perf_counter()
         torch.mm(a, b)
         if device.type == "cuda":

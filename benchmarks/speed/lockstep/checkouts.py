@@ -35,8 +35,13 @@ def checkout(against: str) -> Iterator[Path]:
             subprocess.run([*git, "worktree", "remove", "--force", str(folder)], check=True)
 
 
-def our_worker(name: str, root: Path, case: Case, runs: Path, **changes: Any) -> Worker:
-    """A program that runs the case's recipe of the checkout ``root``; ``changes`` are further settings."""
+def our_worker(
+    name: str, root: Path, case: Case, runs: Path, *, ranks: int = 1, port: int = 0, **changes: Any
+) -> Worker:
+    """A program that runs the case's recipe of the checkout ``root``; ``changes`` are further settings.
+
+    With several ``ranks`` it is as many processes, which meet at ``port``.
+    """
     models = case_folder(case)
     settings = {
         "policy": str(models / "policy"),
@@ -56,7 +61,11 @@ def our_worker(name: str, root: Path, case: Case, runs: Path, **changes: Any) ->
     }
     program = str(Path(__file__).parent / "our_worker.py")
     command = [sys.executable, program, str(root / "recipes" / f"{case.recipe}.py"), json.dumps(settings)]
-    made = Worker(name, command, runs / f"{name}.log", {"PYTHONPATH": str(root)})
+    shared = {"PYTHONPATH": str(root)}
+    if ranks > 1:
+        shared |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    each = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+    made = Worker(name, command, runs / f"{name}.log", *(each if ranks > 1 else [shared]))
     if Path(made.about["package"]) != root / "ppo_kit":
         raise RuntimeError(f"{name}: imported {made.about['package']}, needs {root / 'ppo_kit'}")
     return made

@@ -35,7 +35,7 @@ TEMPLATE = (
 
 def case_folder(case: Case) -> Path:
     """The folder of a case: policy/, reward/ and prompts.jsonl; it is made once."""
-    build = _counting if case.model == "counting" else _smollm2
+    build = counting_case if case.model == "counting" else _smollm2
     sizes = (case.layers, case.hidden, case.vocabulary, case.batch, case.prompt, case.longest, case.shortest)
     name = f"speed-{case.model}-{settings_key({'sizes': sizes})}"
     return cached(name, lambda folder: build(case, folder))
@@ -96,7 +96,8 @@ def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     )
 
 
-def _counting(case: Case, folder: Path) -> None:
+def counting_case(case: Case, folder: Path) -> None:
+    """Write policy/, reward/, and prompts.jsonl with a prompt for each response length of the case."""
     counting_models(case, folder)
     draw = random.Random(0)
     rows = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from types import SimpleNamespace
 from typing import Any, get_type_hints
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from lockstep.turns import Turns
+from lockstep.turns import PIPES, Turns
 
 
 def main(recipe: Path, settings: dict[str, Any]) -> None:
@@ -27,11 +28,23 @@ def main(recipe: Path, settings: dict[str, Any]) -> None:
     spec.loader.exec_module(module)
 
     import ppo_kit
+
+    if PIPES in os.environ:
+        _take_turns(Turns(), str(Path(ppo_kit.__file__).parent))
+    kind = get_type_hints(module.main)["cfg"]
+    known = {field.name for field in fields(kind)}
+    paths = {"out", "prompts"}
+    chosen = {name: Path(value) if name in paths else value for name, value in settings.items()}
+    chosen["reward"] = tuple(chosen["reward"])
+    module.main(kind(**{name: value for name, value in chosen.items() if name in known}))
+
+
+def _take_turns(turns: Turns, package: str) -> None:
+    """Wait for a command before each step; of several ranks the first does, and the others follow it."""
     from ppo_kit.monitor import stopwatch
     from ppo_kit.training.loop import Loop
 
-    turns = Turns()
-    turns.ready(package=str(Path(ppo_kit.__file__).parent))
+    turns.ready(package=package)
     parts: dict[str, float] = {}
     stopwatch.time = SimpleNamespace(perf_counter=time.process_time)
     lap, steps = stopwatch.Stopwatch.lap, Loop.steps
@@ -51,12 +64,6 @@ def main(recipe: Path, settings: dict[str, Any]) -> None:
             turns.wait()
 
     stopwatch.Stopwatch.lap, Loop.steps = noted_lap, steps_in_turns
-    kind = get_type_hints(module.main)["cfg"]
-    known = {field.name for field in fields(kind)}
-    paths = {"out", "prompts"}
-    chosen = {name: Path(value) if name in paths else value for name, value in settings.items()}
-    chosen["reward"] = tuple(chosen["reward"])
-    module.main(kind(**{name: value for name, value in chosen.items() if name in known}))
 
 
 if __name__ == "__main__":

@@ -60,18 +60,25 @@ class Worker:
         name: of the program, for messages and its log.
         command: how it starts.
         log: where its output goes.
-        environment: variables beside the parent's.
+        environments: variables beside the parent's. With several, as many processes start, of which the
+            first one takes turns and the others have to follow it.
     """
 
-    def __init__(self, name: str, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, name: str, command: Sequence[str], log: Path, *environments: Mapping[str, str]
+    ) -> None:
         self.name, self.log = name, log
         theirs_in, ours_out = os.pipe()
         ours_in, theirs_out = os.pipe()
-        known = {**os.environ, **environment, "OMP_NUM_THREADS": "1", PIPES: f"{theirs_in},{theirs_out}"}
+        self._processes = []
+        pipes = [{PIPES: f"{theirs_in},{theirs_out}"}, *[{} for _ in environments[1:]]]
         with log.open("w") as output:
-            self._process = subprocess.Popen(
-                list(command), env=known, pass_fds=(theirs_in, theirs_out), stdout=output, stderr=output
-            )
+            for own, pipe in zip(environments, pipes, strict=True):
+                known = {**os.environ, "OMP_NUM_THREADS": "1", **own, **pipe}
+                fds = (theirs_in, theirs_out) if pipe else ()
+                self._processes.append(
+                    subprocess.Popen(list(command), env=known, pass_fds=fds, stdout=output, stderr=output)
+                )
         os.close(theirs_in)
         os.close(theirs_out)
         self._commands, self._answers = os.fdopen(ours_out, "w", buffering=1), os.fdopen(ours_in)
@@ -92,11 +99,15 @@ class Worker:
     def close(self) -> None:
         """End the program."""
         self._commands.close()
+        first, *followers = self._processes
         try:
-            self._process.wait(10)
+            first.wait(10)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+            first.kill()
+        for process in followers:
+            process.kill()
+        for process in self._processes:
+            process.wait()
 
     def _answer(self) -> dict[str, Any]:
         line = self._answers.readline()
@@ -105,9 +116,9 @@ class Worker:
         return json.loads(line)
 
     def _failure(self) -> str:
-        self._process.wait()
+        status = self._processes[0].wait()
         end = "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
-        return f"{self.name} ended with status {self._process.returncode}; the end of {self.log}:\n{end}"
+        return f"{self.name} ended with status {status}; the end of {self.log}:\n{end}"
 
 
 def _status(name: str) -> float:
