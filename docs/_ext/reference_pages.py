@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import importlib.util
 import inspect
+import pkgutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +14,8 @@ from typing import Any
 
 from sphinx.application import Sphinx
 from sphinx.pycode import ModuleAnalyzer
+
+import ppo_kit
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = {
@@ -37,6 +40,16 @@ PACKAGES = {
     "convert.moss": "MOSS-RLHF's published weights",
     "interop": "TorchRL's batches",
 }
+
+
+def packages() -> dict[str, str]:
+    """``PACKAGES``, and behind them any other package that names what is public, by its first line."""
+    found = dict(PACKAGES)
+    for each in pkgutil.iter_modules(ppo_kit.__path__):
+        module = importlib.import_module(f"ppo_kit.{each.name}")
+        if hasattr(module, "__all__") and each.name not in found:
+            found[each.name] = (inspect.getdoc(module) or each.name).split("\n")[0].rstrip(".")
+    return found
 
 
 def public_names(module: ModuleType) -> list[str]:
@@ -167,7 +180,7 @@ def write(app: Sphinx) -> None:
     """Write the pages into ``docs/reference``, which git ignores; a page that is the same is left alone."""
     folder = Path(app.srcdir) / "reference"
     folder.mkdir(exist_ok=True)
-    pages = {f"{name}.rst": package_page(name, about) for name, about in PACKAGES.items()}
+    pages = {f"{name}.rst": package_page(name, about) for name, about in packages().items()}
     pages["settings.md"] = settings_page()
     for name, text in pages.items():
         file = folder / name
