@@ -82,6 +82,74 @@ def test_gae_is_exact_over_2048_tokens_in_float32(factor: float) -> None:
     assert_close(got, expect(1.0, lam.double(), end))
 
 
+@pytest.mark.parametrize("tokens", [64, 65, 96, 2049, 20_000])
+def test_gae_and_returns_are_the_loop_over_many_blocks(tokens: int) -> None:
+    mask = torch.arange(tokens) < torch.tensor([tokens, tokens - 1, tokens // 2, 1])[:, None]
+    rewards, values = normal(mask, 0, 2)
+    (end,) = normal(mask[:, 0], 1, 1)
+    for gamma, lam in ((1.0, 0.95), (0.99, 1.0), (1.0, 1.0), (0.05, 0.9), (0.0, 0.9)):
+        expected = gae_by_loop(rewards, values, mask, gamma, torch.full_like(rewards, lam), end)
+        given = {"gamma": gamma, "lam": lam, "bootstrap_value": end}
+        assert_same(gae(rewards, values, mask, **given), expected)
+        full = torch.ones_like(mask)
+        known = [torch.where(mask, x, 0.0) for x in (rewards, values)]
+        lengths = torch.full_like(rewards, lam)
+        assert_same(gae(*known, full, **given), gae_by_loop(*known, full, gamma, lengths, end))
+        zero = torch.zeros_like(rewards)
+        monte_carlo = gae_by_loop(rewards, zero, mask, gamma, zero + 1, 0 * end)[1]
+        torch.testing.assert_close(discounted_returns(rewards, mask, gamma=gamma), monte_carlo)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_reaches_earlier_tokens_of_its_row_alone(bad: float) -> None:
+    mask = torch.ones(2, 100, dtype=torch.bool)
+    rewards, values = normal(mask, 0, 2)
+    rewards[0, 40] = bad
+    end = torch.zeros(2, dtype=torch.float64)
+    expected = gae_by_loop(rewards, values, mask, 1.0, torch.full_like(rewards, 0.5), end)
+    got = gae(rewards, values, mask, lam=0.5)
+    assert_same(got, expected, equal_nan=True)
+    assert got[0][0, 41:].isfinite().all()
+    assert not got[0][0, :41].isfinite().any()
+    returns = discounted_returns(rewards, mask)
+    assert returns[0, 41:].isfinite().all()
+    assert returns[1].isfinite().all()
+
+
+def test_precision_of_matrix_products_changes_nothing() -> None:
+    mask = torch.ones(4, 300, dtype=torch.bool)
+    rewards, values = normal(mask, 0, 2, torch.float32)
+    expected = gae(rewards.double(), values.double(), mask)[0].float()
+    close = {"rtol": 0, "atol": rounding(expected.abs().max().item())}
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(gae(rewards, values, mask)[0], expected, **close)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        torch.testing.assert_close(gae(rewards, values, mask)[0], expected, **close)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_the_inputs_are_not_written_to_and_need_not_be_contiguous() -> None:
+    mask = torch.ones(70, 100, dtype=torch.bool)
+    rewards, values = normal(mask, 0, 2)
+    before = rewards.clone(), values.clone()
+    expected = gae(rewards, values, mask), discounted_returns(rewards, mask)
+    assert_same((rewards, values), before, rtol=0, atol=0)
+    turned = [x.T.contiguous().T for x in before]
+    assert_same(gae(*turned, mask), expected[0])
+    torch.testing.assert_close(discounted_returns(turned[0], mask), expected[1])
+    assert_same(turned, before, rtol=0, atol=0)
+
+
+def test_the_wider_dtype_is_kept() -> None:
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    single, double = torch.ones(1, 3), torch.ones(1, 3, dtype=torch.float64)
+    assert [x.dtype for x in gae(single, double, mask)] == [torch.float64] * 2
+    assert [x.dtype for x in gae(double, single, mask)] == [torch.float64] * 2
+
+
 @property_test(mask=masks(), seed=seeds, gamma=factors)
 def test_lambda_zero_is_the_td_error_and_lambda_one_is_monte_carlo_minus_the_value(
     mask: Tensor, seed: int, gamma: float
@@ -170,6 +238,11 @@ def test_gradients() -> None:
     )  # fmt: skip
     assert gradcheck(lambda r, v: gae(r, v, mask, gamma=0.9, lam=0.8), rewards, values)
     assert gradcheck(lambda r: discounted_returns(r, mask, gamma=0.9), rewards)
+    mask = torch.arange(70) < torch.tensor([70, 66])[:, None]
+    rewards, values = normal(mask, 0, 2)
+    assert gradcheck(
+        lambda r, v, end: gae(r, v, mask, gamma=0.99, lam=0.9, bootstrap_value=end), rewards, values, end[:2]
+    )
 
 
 @property_test(mask=masks(), alpha=st.sampled_from([0.05, 0.5, 1.0, 4.0]))
