@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from ppo_kit.lazy import load_on_first_use
 
 if TYPE_CHECKING:
+    from ppo_kit.monitor.collapse import Alarm, CollapseWatch, Sign
     from ppo_kit.monitor.first_ratio import check_first_ratio
     from ppo_kit.monitor.metric_names import METRICS, metrics_page
     from ppo_kit.monitor.metrics import Averages, rollout_metrics
@@ -15,7 +16,10 @@ else:
 
 __all__ = [
     "METRICS",
+    "Alarm",
     "Averages",
+    "CollapseWatch",
+    "Sign",
     "StepObserver",
     "Stopwatch",
     "check_first_ratio",

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ppo_kit import report
 from ppo_kit.monitor.metric_names import METRICS
+from ppo_kit.run.checkpoint import has_checkpoint
 from ppo_kit.run.progress import Progress
 
 
@@ -65,3 +66,10 @@ def files_written(folder: Path) -> Iterable[str]:
     for name, what in _FILES.items():
         if (folder / name).exists():
             yield f"  {name:<15} {what}"
+
+
+def how_to_go_on(folder: Path) -> str:
+    """What to do after a run that a signal ended."""
+    if has_checkpoint(folder / "checkpoints"):
+        return f"continue with --resume --out {folder}"
+    return f"no checkpoint was saved; start again with --out {folder}"

@@ -46,7 +46,18 @@ class Settings(Placed, Protocol):
 
 
 MAY_CHANGE = frozenset(
-    {"out", "resume", "steps", "threads", "checkpoint_every", "fresh", "skip_faults", "keep", "log"}
+    {
+        "out",
+        "resume",
+        "steps",
+        "threads",
+        "checkpoint_every",
+        "fresh",
+        "skip_faults",
+        "keep",
+        "log",
+        "on_collapse",
+    }
     | {"engine", "device", "zero_stage", "offload", "deepspeed_config", "micro_batch_size"}
     | {"gradient_checkpointing", "compile"}
 )

@@ -17,7 +17,7 @@ from rich.console import Console
 from ppo_kit.engine import Engine, LocalEngine, Stateful, ranks
 from ppo_kit.monitor.loggers import check_loggers
 from ppo_kit.run import checkpoint
-from ppo_kit.run.ending import show_ending
+from ppo_kit.run.ending import how_to_go_on, show_ending
 from ppo_kit.run.faults import Clearable, Faults
 from ppo_kit.run.fingerprints import Inputs
 from ppo_kit.run.folder import Settings, open_folder
@@ -103,7 +103,8 @@ class Run:
         self._restored: dict[str, Any] | None = None
         self._last = 0
         self._due: bool | None = None
-        self._heard = False
+        self._heard = self._stopped = False
+        self._remarks: list[str] = []
         self._logged = 0
         self._seconds_before = 0.0
         self._started = time.monotonic()
@@ -146,17 +147,21 @@ class Run:
     def exit_code(self) -> int:
         return 0 if self._signals.signum is None else 128 + self._signals.signum
 
+    def remark(self, text: str) -> None:
+        """Print ``text``, and keep it in summary.json."""
+        self._remarks.append(text)
+        self._progress.note(text)
+
+    def stop(self) -> None:
+        """End the run after the current step, as its last one: it is saved. All ranks call it, or none."""
+        self._stopped = True
+
     def _say_stopping(self, at_once: bool) -> None:
         assert self._signals.signum is not None
         name = signal.Signals(self._signals.signum).name
-        end = f"stopped at once; {self._how_to_go_on()}"
+        end = f"stopped at once; {how_to_go_on(self.folder)}"
         what = end if at_once else "ending after this step; once more stops at once"
         self._progress.announce(f"{name}: {what}", at_once=at_once)
-
-    def _how_to_go_on(self) -> str:
-        if checkpoint.has_checkpoint(self.folder / "checkpoints"):
-            return f"continue with --resume --out {self.folder}"
-        return f"no checkpoint was saved; start again with --out {self.folder}"
 
     def steps(self) -> Iterator[int]:
         """The steps still to do, from 1 or the checkpoint's next, up to ``settings.steps``; ends after the
@@ -173,7 +178,7 @@ class Run:
             yield step
             self._last = step
             # A signal after checkpoint_due said no waits a step, so that the last step is always saved.
-            if self._due is not False and self._hear():
+            if self._stopped or (self._due is not False and self._hear()):
                 break
         self._progress.stop()
 
@@ -218,7 +223,8 @@ class Run:
     def checkpoint_due(self, step: int) -> bool:
         """Whether ``step`` is to be saved: every ``checkpoint_every`` steps, and the last step of the run."""
         every = self.settings.checkpoint_every
-        self._due = (every > 0 and step % every == 0) or step == self.settings.steps or self._hear()
+        last = step == self.settings.steps or self._stopped
+        self._due = (every > 0 and step % every == 0) or last or self._hear()
         return self._due
 
     def save_checkpoint(self, step: int, state: Mapping[str, Any], *, best: bool = False) -> None:
@@ -287,11 +293,12 @@ class Run:
             "steps_planned": self.settings.steps,
             "interrupted": self.interrupted,
             "seconds": round(self._seconds(), 1),
+            **({"remarks": self._remarks} if self._remarks else {}),
         }
         if ranks.is_main():
             write_json(self.folder / "summary.json", summary)
             show_ending(self.folder, summary, self._progress)
         if self.interrupted:
             where = f"step {self._last} of {self.settings.steps}"
-            self._progress.note(f"Interrupted after {where}; {self._how_to_go_on()}")
+            self._progress.note(f"Interrupted after {where}; {how_to_go_on(self.folder)}")
         return summary

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,22 +18,20 @@ from ppo_kit.engine import ranks
 from ppo_kit.models import check_policy, check_positions, check_scalar, load_tokenizer, save_model
 from ppo_kit.models.policy import ModelModule
 from ppo_kit.modules import BatchLoss, Shaping
-from ppo_kit.monitor import rollout_metrics, spread_metrics
+from ppo_kit.monitor import CollapseWatch, rollout_metrics, spread_metrics
 from ppo_kit.run import check_finite
+from ppo_kit.run.checkpoint import best_checkpoint
 from ppo_kit.sampling import row_seed
 from ppo_kit.sandbox import sandbox_gold
 from ppo_kit.sandbox.build import sandbox_models
-from ppo_kit.training.evaluation import held_out_metrics, samples_of, unscored
+from ppo_kit.training.evaluation import held_out_metrics, unscored
 from ppo_kit.training.loop import Loop
 from ppo_kit.training.models import RewardSources, inputs_of, load_models, log_memory, reward_sources
 from ppo_kit.training.prompts import load_run_prompts, load_text
 from ppo_kit.training.sampler import Sampler, gathered
 from ppo_kit.training.settings import PPOSettings, RLSettings
-from ppo_kit.training.token_records import rows_of_prompts, token_records
+from ppo_kit.training.token_records import step_samples
 from ppo_kit.training.update import TextLoss, Update
-
-SAMPLES = 4
-"""Responses of each step that are kept as text."""
 
 
 class Session(Loop):
@@ -94,6 +92,8 @@ class Session(Loop):
         self.in_sandbox = policy == "sandbox"
         super().__init__(cfg, name, inputs=inputs_of(policy, sources, prompts))
         self._shapings: list[Shaping] = []
+        self._collapse = CollapseWatch()
+        self.keep("collapse", self._collapse)
         self._pretraining = 0
         with self._closing_on_error():
             self._load(policy, tokenizer, sources, prompts, critic=critic, reference=reference)
@@ -273,35 +273,29 @@ class Session(Loop):
     def log(self, step: int, batch: TensorDictBase, metrics: dict[str, float]) -> None:
         """Log the rollout's metrics and those of the update; keep a few responses, as text and by token."""
         parts = {key: value for chain in self._shapings for key, value in chain.metrics().items()}
-        self.log_metrics(
-            step,
-            {**rollout_metrics(batch), **spread_metrics(batch), **parts, **metrics, **self.watch.lap(batch)},
-        )
-        self.run.sample(step, self._samples(batch), scores=batch["score"].tolist())
+        row = {**rollout_metrics(batch), **spread_metrics(batch), **parts, **metrics, **self.watch.lap(batch)}
+        self.log_metrics(step, row)
+        self._watch_collapse(step, row)
+        samples = step_samples(batch, self.tokenizer, self.policy, self._inspected(), cfg=self.settings)
+        self.run.sample(step, samples, scores=batch["score"].tolist())
 
-    def _samples(self, batch: TensorDictBase) -> list[dict[str, Any]]:
-        """The first responses of the step as text; of some, every token with its numbers.
+    def _inspected(self) -> list[list[int]]:
+        """The prompts whose responses are kept by token: the first ones of the run."""
+        count = min(self.settings.inspect, len(self.prompts))
+        rows = self.prompts.batch(0, count, self.settings.seed) if count else []
+        return [self.prompts[row] for row in rows]
 
-        These are the responses to the first prompts of the run, whenever they come again, so that one prompt
-        can be read over the steps; where none of them is in the step, its first responses.
-        """
-        cfg = self.settings
-        rows = list(range(min(SAMPLES, len(batch))))
-        if not cfg.inspect:
-            return samples_of(batch, self.tokenizer, rows)
-        first = [
-            self.prompts[row] for row in self.prompts.batch(0, min(cfg.inspect, len(self.prompts)), cfg.seed)
-        ]
-        again = rows_of_prompts(batch, first)
-        rows = list(dict.fromkeys([*rows, *again]))
-        samples = samples_of(batch, self.tokenizer, rows)
-        inspected = again or rows[: cfg.inspect]
-        clip = getattr(cfg, "clip", None)
-        clips = None if clip is None else (clip, getattr(cfg, "clip_high", clip))
-        tokens = token_records(batch, inspected, self.tokenizer, policy=self.policy, clip=clips)
-        for row, record in zip(inspected, tokens, strict=True):
-            samples[rows.index(row)]["tokens"] = record
-        return samples
+    def _watch_collapse(self, step: int, row: Mapping[str, float]) -> None:
+        """Say once that the policy has begun to collapse; end the run where the settings say so."""
+        alarm = self._collapse.update(step, row)
+        if alarm is None or self.settings.on_collapse == "off":
+            return
+        best = best_checkpoint(self.folder / "checkpoints")
+        kept = f"the best checkpoint is {best}" if best else (
+            "no best checkpoint was kept: --eval-every N --keep-best score keeps one")  # fmt: skip
+        self.run.remark(f"{alarm}; {kept}")
+        if self.settings.on_collapse == "stop":
+            self.run.stop()
 
     # What happens around it.
 

@@ -147,6 +147,9 @@ class UpdateSettings(OptimizerSettings):
 class RLSettings(UpdateSettings, SamplingSettings, DataSettings, ModelSettings, EngineSettings, RunSettings):
     """What every recipe shares that samples responses and learns from their rewards."""
 
+    on_collapse: Literal["off", "warn", "stop"] = "warn"
+    """What happens when KL, perplexity, length and others say that the policy collapses (docs/collapse.md):
+    nothing, a line that names the best checkpoint, or the end of the run after that step."""
     inspect: int = 2
     """Responses per step of which every token is kept with its numbers, for ppo-kit inspect; 0 keeps none."""
 

@@ -11,6 +11,7 @@ from tensordict import TensorDictBase
 from transformers import PreTrainedTokenizerBase
 
 from ppo_kit.models import Policy
+from ppo_kit.training.evaluation import samples_of
 
 KEYS = {
     "rewards": "reward",
@@ -23,8 +24,37 @@ KEYS = {
     "ref_log_probs": "ref_log_prob",
 }
 """Key of the batch -> name in the record."""
+SAMPLES = 4
+"""Responses of each step that are kept as text."""
 DIGITS = 4
 """Significant digits that are kept of a number."""
+
+
+def step_samples(
+    batch: TensorDictBase,
+    tokenizer: PreTrainedTokenizerBase,
+    policy: Policy,
+    inspected: Sequence[Sequence[int]],
+    *,
+    cfg: Any,
+) -> list[dict[str, Any]]:
+    """The first responses of a step as text, for samples.jsonl; of some of them every token, under "tokens".
+
+    These are the responses to the prompts ``inspected`` (token ids), so that one prompt can be read over the
+    steps; where the step answers none of them, its first ``cfg.inspect`` responses.
+    """
+    rows = list(range(min(SAMPLES, len(batch))))
+    again = rows_of_prompts(batch, inspected)
+    rows = list(dict.fromkeys([*rows, *again]))
+    samples = samples_of(batch, tokenizer, rows)
+    kept = again or rows[: cfg.inspect]
+    clip = getattr(cfg, "clip", None)
+    clips = None if clip is None else (clip, getattr(cfg, "clip_high", clip))
+    for row, record in zip(
+        kept, token_records(batch, kept, tokenizer, policy=policy, clip=clips), strict=True
+    ):
+        samples[rows.index(row)]["tokens"] = record
+    return samples
 
 
 def token_records(
