@@ -11,12 +11,15 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
 from ppo_kit.engine import ranks
 from ppo_kit.engine.optimizer import NotFinite, Optimizer
 from ppo_kit.engine.settings import EngineSettings, bf16_is_slow
-from ppo_kit.modules.splits import micro_batches, with_counts
+from ppo_kit.modules.base import require
+from ppo_kit.modules.pieces import lengths_of, plan_pieces, put_back, take
+from ppo_kit.modules.splits import check_sizes, with_counts
 
 logger = logging.getLogger(__name__)
 
@@ -117,12 +120,35 @@ class Engine(ABC):
         """Leave the other ranks in peace. Call it at the end of a run that went well."""
 
     def micro_batches(self, minibatch: TensorDictBase, size: int) -> Iterator[TensorDictBase]:
-        """This rank's rows of a minibatch that all ranks hold, in pieces of ``size``, on the device.
+        """This rank's rows of a minibatch that all ranks hold, in pieces of up to ``size``, on the device.
 
-        Every rank gets as many pieces. Counts (``num_tokens``) are those of the whole minibatch.
+        Rows of like length come together, and each piece is as wide as its longest prompt and its longest
+        response (``ppo_kit.modules.pieces``). Every rank gets as many pieces. Counts (``num_tokens``)
+        are those of the whole minibatch.
         """
+        check_sizes("micro_batches", minibatch, size=size)
         counted = minibatch if "num_tokens" in minibatch else with_counts(minibatch.copy())
-        yield from micro_batches(ranks.share(counted).to(self.device), size)
+        lengths, tokens = lengths_of(counted), self.settings.micro_batch_tokens
+        for rows in plan_pieces(lengths, size, tokens=tokens, multiple=self.world_size):
+            yield ranks.share(take(counted, rows, lengths)).to(self.device)
+
+    @torch.no_grad()
+    def read(self, module: TensorDictModuleBase, batch: TensorDictBase, size: int) -> TensorDictBase:
+        """Write what ``module``, a model, computes of this rank's ``batch``: in pieces as ``micro_batches``.
+
+        [B,T] outputs are 0 in slots that a piece does not have, as they are in masked ones.
+        """
+        for key in module.in_keys:
+            require(batch, key, type(module).__name__)
+        read, width = batch.select(*module.in_keys), batch["response_mask"].shape[1]
+        lengths, tokens = lengths_of(read), self.settings.micro_batch_tokens
+        # Each rank has rows of its own here, and a forward of sharded weights is one of all ranks.
+        agree = ranks.largest if self.sharded else None
+        plan = plan_pieces(lengths, size, tokens=tokens, agree=agree)
+        pieces = [module(take(read, rows, lengths)).select(*module.out_keys) for rows in plan]
+        for key in module.out_keys:
+            batch.set(key, put_back([piece[key] for piece in pieces], plan, width))
+        return batch
 
     def step(self, batch: TensorDictBase, *optimizers: Optimizer) -> list[float]:
         """A step of each optimizer, or of none: all gradients are looked at before the first weight moves.

@@ -52,6 +52,15 @@ def reduce(x: Tensor) -> Tensor:
     return total
 
 
+def largest(x: Tensor) -> Tensor:
+    """The largest of each element of ``x`` over ranks."""
+    if world_size() == 1:
+        return x
+    found = x.detach().clone()
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return found
+
+
 def any_rank(flag: Tensor | bool) -> bool:
     """Whether ``flag`` is true on some rank."""
     if world_size() == 1:

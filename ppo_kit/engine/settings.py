@@ -29,6 +29,9 @@ class EngineSettings:
     instructions."""
     gradient_checkpointing: bool = False
     """Keep one activation a layer and recompute the rest in the backward pass: less memory, more time."""
+    micro_batch_tokens: int = 0
+    """Most slots (tokens and padding) of a forward pass on each rank, beside --micro-batch-size rows; 0 is no
+    limit."""
     compile: bool = False
     """Compile training forwards with torch.compile; the local engine alone."""
     zero_stage: Literal[0, 1, 2, 3] | None = None

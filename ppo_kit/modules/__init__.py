@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         ScoreWhiten,
         SumScores,
     )
+    from ppo_kit.modules.pieces import micro_batches
     from ppo_kit.modules.policy_losses import (
         CISPO,
         GMPO,
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from ppo_kit.modules.preference import PairwiseLoss
     from ppo_kit.modules.rewards import PlaceScore, ScoreClip, ScoreNormalize, ScoreScale
     from ppo_kit.modules.shaping import Shaping
-    from ppo_kit.modules.splits import micro_batches, minibatches, with_counts
+    from ppo_kit.modules.splits import minibatches, with_counts
     from ppo_kit.modules.state import Float64Buffers
     from ppo_kit.modules.transforms import Clip, Whiten
 else:

@@ -1,4 +1,4 @@
-"""From a rollout to optimizer steps: shuffled minibatches that know their denominators, and their pieces."""
+"""From a rollout to optimizer steps: shuffled minibatches that know their denominators."""
 
 from __future__ import annotations
 
@@ -70,32 +70,15 @@ def minibatches(
     >>> parts[0]["num_tokens"].tolist()
     [4, 4]
     """
-    _check_sizes("minibatches", batch, size=size, epochs=epochs)
+    check_sizes("minibatches", batch, size=size, epochs=epochs)
     for _ in range(epochs):
         order = torch.randperm(batch.batch_size[0], generator=generator, device=generator.device)
         for rows in order.split(size):
             yield with_counts(batch[rows.to(batch.device)], mask_key=mask_key, reduce=reduce)
 
 
-def micro_batches(
-    minibatch: TensorDictBase, size: int, *, mask_key: NestedKey = "loss_mask"
-) -> Iterator[TensorDictBase]:
-    """Split one optimizer step's minibatch into pieces of ``size`` rows that fit in memory.
-
-    The losses of the pieces add up to the loss of the whole: call ``backward`` on each and step once. A
-    minibatch without counts (not from ``minibatches``) is given its own. Raises as ``minibatches``.
-
-    >>> from tensordict import TensorDict
-    >>> minibatch = TensorDict({"response_mask": torch.ones(3, 2, dtype=torch.bool)}, [3])
-    >>> [(len(part), part["num_tokens"][0].item()) for part in micro_batches(minibatch, 2)]
-    [(2, 6), (1, 6)]
-    """
-    _check_sizes("micro_batches", minibatch, size=size)
-    counted = minibatch if "num_tokens" in minibatch else with_counts(minibatch.copy(), mask_key=mask_key)
-    yield from counted.split(size)
-
-
-def _check_sizes(owner: str, batch: TensorDictBase, **sizes: int) -> None:
+def check_sizes(owner: str, batch: TensorDictBase, **sizes: int) -> None:
+    """Refuse sizes below 1, and a batch without rows."""
     for name, value in sizes.items():
         in_range(f"{owner}: {name}", value, 1, whole=True)
     if not len(batch):

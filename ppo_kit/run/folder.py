@@ -59,7 +59,7 @@ MAY_CHANGE = frozenset(
         "on_collapse",
     }
     | {"engine", "device", "zero_stage", "offload", "deepspeed_config", "micro_batch_size"}
-    | {"gradient_checkpointing", "compile"}
+    | {"gradient_checkpointing", "compile", "micro_batch_tokens"}
 )
 """Settings that may differ between a run and its resumption. The last two lines change rounding."""
 

@@ -30,6 +30,7 @@ from ppo_kit.models import (
     text_difference,
 )
 from ppo_kit.rewards import RetokenizedReward, Rewards, RewardSpec, TextReward, load_function, parse_rewards
+from ppo_kit.training.scoring import InMicroBatches
 from ppo_kit.training.settings import RLSettings
 
 logger = logging.getLogger(__name__)
@@ -99,7 +100,7 @@ def load_models(
         "dtype": settings.compute_dtype,
         "valid_ids": None if whole else known,
     }
-    modules = {name: _module(each, tokenizer, settings) for name, each in components.items()}
+    modules = {name: _module(each, tokenizer, settings, engine) for name, each in components.items()}
     return Models(
         policy=Policy(trained, **sampled),
         reference=None if frozen is None else Reference(frozen, **sampled),
@@ -262,12 +263,15 @@ def _scalar_policy(policy: str | PreTrainedModel, weights: Mapping[str, Any]) ->
     )
 
 
-def _module(component: Any, tokenizer: PreTrainedTokenizerBase, settings: RLSettings) -> TensorDictModuleBase:
+def _module(
+    component: Any, tokenizer: PreTrainedTokenizerBase, settings: RLSettings, engine: Engine
+) -> TensorDictModuleBase:
     if isinstance(component, TensorDictModuleBase):
         return component
     if not isinstance(component, _Scored):
         return TextReward(component, tokenizer)
     model = component.model.requires_grad_(False)
     if component.same_text:
-        return RewardModel(model, dtype=settings.compute_dtype)
+        reward = RewardModel(model, dtype=settings.compute_dtype)
+        return InMicroBatches(reward, engine, settings.micro_batch_size)
     return RetokenizedReward(model, component.tokenizer, tokenizer)

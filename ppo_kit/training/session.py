@@ -29,6 +29,7 @@ from ppo_kit.training.loop import Loop
 from ppo_kit.training.models import RewardSources, inputs_of, load_models, log_memory, reward_sources
 from ppo_kit.training.prompts import load_run_prompts, load_text
 from ppo_kit.training.sampler import Sampler, gathered
+from ppo_kit.training.scoring import InMicroBatches
 from ppo_kit.training.settings import PPOSettings, RLSettings
 from ppo_kit.training.token_records import step_samples
 from ppo_kit.training.update import TextLoss, Update
@@ -126,6 +127,7 @@ class Session(Loop):
         longest = max(map(len, [*self.prompts, *self.held_out])) + cfg.max_new_tokens
         readers = [self.policy, self.critic, *models.rewards.components.values()]
         for module in readers:  # a RetokenizedReward checks its own texts
+            module = module.module if isinstance(module, InMicroBatches) else module
             if isinstance(module, ModelModule):
                 check_positions(module.model, longest, name=type(module).__name__)
         written = {f"score_{each}" for each in models.rewards.components}
@@ -260,15 +262,18 @@ class Session(Loop):
         """
         with self.watch("score"):
             if self.critic is not None:
-                batch = self.critic(batch).rename_key_("values", "old_values")
+                batch = self._read(self.critic, batch).rename_key_("values", "old_values")
             return check_finite(self._scored(batch))
 
     @torch.no_grad()
     def _scored(self, batch: TensorDictBase) -> TensorDictBase:
         """ref_log_probs and the scores of this rank's rows, then the rows of every rank."""
         if self.reference is not None:
-            batch = self.reference(batch)
+            batch = self._read(self.reference, batch)
         return unscored(gathered(self.rewards(batch)))
+
+    def _read(self, model: ModelModule, batch: TensorDictBase) -> TensorDictBase:
+        return self.engine.read(model, batch, self.settings.micro_batch_size)
 
     def log(self, step: int, batch: TensorDictBase, metrics: dict[str, float]) -> None:
         """Log the rollout's metrics and those of the update; keep a few responses, as text and by token."""

@@ -128,7 +128,7 @@ class OptimizerSettings:
     max_grad_norm: float | None = None
     """Global gradient norm of each model that gradients are clipped to; None leaves them (detail 12)."""
     micro_batch_size: int = 32
-    """Rows per forward pass on each rank; smaller needs less memory and changes no gradient."""
+    """Most rows of a forward pass on each rank; smaller needs less memory and changes no gradient."""
 
 
 @dataclass(frozen=True)

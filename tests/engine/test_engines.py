@@ -14,7 +14,7 @@ from tensordict import TensorDict
 from ppo_kit.engine import EngineSettings, LocalEngine, ranks, start_engine
 from ppo_kit.engine.engine import device_of
 from ppo_kit.engine.zero_config import zero_config
-from ppo_kit.models import Critic, LoRA, Policy
+from ppo_kit.models import Critic, LoRA, Policy, RewardModel
 
 SIZES = {"B": 3, "P": 4, "T": 5}
 
@@ -34,13 +34,43 @@ def a_batch() -> TensorDict:
     )
 
 
-def gradients(engine: LocalEngine, policy: Policy, critic: Critic) -> list[torch.Tensor]:
+def gradients(engine: LocalEngine, policy: Policy, critic: Critic, size: int = 2) -> list[torch.Tensor]:
     for module in (policy, critic):
         engine.optimizer(module, lr=1e-3, steps=3)
-    for piece in engine.micro_batches(a_batch(), 2):
+    for piece in engine.micro_batches(a_batch(), size):
         out = critic(policy(piece))
         engine.backward(-out["log_probs"].sum() + out["values"].square().sum())
     return [p.grad for module in (policy, critic) for p in module.parameters() if p.grad is not None]
+
+
+def test_a_model_reads_pieces_as_it_reads_the_whole(tiny_model, family):
+    policy, critic = Policy(tiny_model(family)), Critic(tiny_model(family, scalar=True))
+    reward = RewardModel(tiny_model(family, scalar=True))
+    whole = a_batch()
+    for module in (policy, critic, reward):
+        whole = module(whole)
+    for size, tokens in ((1, 0), (2, 0), (3, 13)):
+        engine, batch = LocalEngine(EngineSettings(device="cpu", micro_batch_tokens=tokens)), a_batch()
+        for module in (policy, critic, reward):
+            batch = engine.read(module, batch, size)
+        for key in ("log_probs", "entropy", "values", "score"):
+            torch.testing.assert_close(batch[key], whole[key].detach(), rtol=1e-4, atol=1e-5)
+            assert not batch[key].requires_grad
+    with pytest.raises(KeyError, match="Critic needs 'prompt_mask'"):
+        engine.read(critic, a_batch().exclude("prompt_mask"), 2)
+
+
+def test_pieces_change_no_gradient(tiny_model, family):
+    found = []
+    for size, tokens in ((3, 0), (1, 0), (3, 13)):
+        engine = LocalEngine(EngineSettings(device="cpu", micro_batch_tokens=tokens))
+        pieces = [tuple(p["response_mask"].shape) for p in engine.micro_batches(a_batch(), size)]
+        assert pieces == ([(3, 5)] if not tokens and size == 3 else [(1, 5), (1, 3), (1, 2)][: len(pieces)])
+        models = Policy(tiny_model(family)), Critic(tiny_model(family, scalar=True))
+        found.append(gradients(engine, *models, size))
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
 
 class Saved(torch.autograd.graph.saved_tensors_hooks):

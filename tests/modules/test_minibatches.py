@@ -128,5 +128,6 @@ def test_a_batch_of_pairs_is_counted_by_answers_and_split_by_pairs():
     pairs = TensorDict({"response_mask": mask, "row": torch.arange(6).reshape(3, 2)}, [3, 2])
     pieces = list(micro_batches(pairs, 2))
     assert [list(piece.batch_size) for piece in pieces] == [[2, 2], [1, 2]]
-    assert [piece["row"].tolist() for piece in pieces] == [[[0, 1], [2, 3]], [[4, 5]]]
+    assert [piece["row"].tolist() for piece in pieces] == [[[0, 1], [4, 5]], [[2, 3]]]
+    assert pieces[1]["response_mask"].shape == (1, 2, 1)
     assert all((piece["num_tokens"] == 8).all() and (piece["num_sequences"] == 5).all() for piece in pieces)

@@ -113,8 +113,8 @@ def bad_loss(task: Session) -> None:
         batch["values"] = batch["values"] * 1e30  # finite, and its square is not
         return batch
 
-    # Five calls in the first step: old values, then a call for each response.
-    task.critic.register_forward_hook(nth_time(5 + 1 + 1, spoil))
+    # Eight calls in the first step, and four old values in the second: a call for each response.
+    task.critic.register_forward_hook(nth_time(8 + 4 + 1, spoil))
 
 
 def bad_critic_gradient(task: Session) -> None:
