@@ -36,6 +36,7 @@ PACKAGES = {
     "testing": "Checks for components of your own",
     "sandbox": "The dialogue world with a gold reward",
     "doctor": "The preflight check",
+    "sweep": "Many runs at once",
     "cli": "From a command line to a recipe",
     "convert.moss": "MOSS-RLHF's published weights",
     "interop": "TorchRL's batches",
