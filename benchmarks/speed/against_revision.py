@@ -21,9 +21,10 @@ from typing import Any
 import tyro
 from lockstep.cases import CASES, Case
 from lockstep.checkouts import HERE, checkout, our_worker
-from lockstep.summary import paired_ratio
+from lockstep.machine import machine
+from lockstep.summary import Spread, paired_ratio
 
-PARTS = ("seconds_rollout", "seconds_score", "seconds_train")
+PARTS = ("rollout", "score", "train")
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Settings:
     settings: tuple[str, ...] = ()
     """Settings of the recipe, name=value as JSON, for this checkout alone: temperature=0.7."""
     out: Path | None = None
-    """Write all iterations there as JSON."""
+    """Write the numbers there as JSON."""
 
 
 def measure(case: Case, other: Path, iterations: int, changes: dict[str, Any]) -> dict[str, list[Any]]:
@@ -54,39 +55,50 @@ def measure(case: Case, other: Path, iterations: int, changes: dict[str, Any]) -
             order = list(workers) if index % 2 else list(workers)[::-1]
             for name in order:
                 answers[name].append(workers[name].iterate(reset_peak=index == 0))
-        for name, worker in workers.items():
-            answers[name][0]["import_mib"] = worker.about["import_mib"]
         return answers
 
 
-def row(name: str, answers: dict[str, list[Any]]) -> str:
-    """A line of the table."""
+def summary(case: Case, answers: dict[str, list[Any]]) -> dict[str, Any]:
+    """The numbers of a line of the table; ratios are the other's over this one's."""
     cpu = {who: [each["cpu"] for each in found] for who, found in answers.items()}
-    cells = [f"{name:5s}", f"{paired_ratio(cpu['other'], cpu['this'])!s:22s}"]
-    cells += [f"{median(cpu['other']):7.2f} {median(cpu['this']):7.2f}"]
+    parts = {}
     for part in PARTS:
-        seconds = {
-            who: median([each.get(part, float("nan")) for each in found]) for who, found in answers.items()
-        }
-        cells.append(f"{seconds['other'] / seconds['this']:5.2f}")
-    peak = {who: max(each["peak_mib"] for each in found) for who, found in answers.items()}
-    cells.append(f"{peak['other']:6.0f} {peak['this']:6.0f}")
-    tokens = {who: sum(each.get("tokens", 0) for each in found) for who, found in answers.items()}
+        seconds = {who: [each[f"seconds_{part}"] for each in found] for who, found in answers.items()}
+        parts[part] = asdict(paired_ratio(seconds["other"], seconds["this"]))
+    return {
+        "text": case.text,
+        "seconds": {who: median(values) for who, values in cpu.items()},
+        "faster": asdict(paired_ratio(cpu["other"], cpu["this"])),
+        "parts": parts,
+        "peak_mib": {who: max(each["peak_mib"] for each in found) for who, found in answers.items()},
+        "tokens": {who: sum(each["tokens"] for each in found) for who, found in answers.items()},
+        "cpu": cpu,
+    }
+
+
+def row(name: str, found: dict[str, Any]) -> str:
+    """A line of the table, as text."""
+    seconds, peak, tokens = found["seconds"], found["peak_mib"], found["tokens"]
+    parts = " ".join(f"{each['median']:7.2f}" for each in found["parts"].values())
     note = "" if tokens["this"] == tokens["other"] else f"  response tokens differ: {tokens}"
-    return "  ".join(cells) + note
+    return (
+        f"{name:5s} {Spread(**found['faster'])!s:22s} {seconds['other']:7.2f} {seconds['this']:7.2f} "
+        f"{parts}  {peak['other']:6.0f} {peak['this']:6.0f}{note}"
+    )
 
 
 def main(cfg: Settings) -> None:
     changes = {name: json.loads(value) for name, value in (each.split("=", 1) for each in cfg.settings)}
-    results = {}
+    results: dict[str, Any] = {"machine": machine(), "against": cfg.against, "cases": {}}
+    print("case  other/this, CPU seconds  other    this   rollout score   train   peak MiB: other, this")
     with checkout(cfg.against) as other:
-        print("case   other/this, CPU seconds   other    this  rollout score train  peak MiB: other, this")
         for name in cfg.cases:
             case = CASES[name]
-            results[name] = measure(case, other, cfg.iterations or case.iterations, changes)
-            print(row(name, results[name]), flush=True)
-    if cfg.out is not None:
-        cfg.out.write_text(json.dumps({"settings": asdict(cfg) | {"out": None}, "cases": results}, indent=1))
+            answers = measure(case, other, cfg.iterations or case.iterations, changes)
+            results["cases"][name] = summary(case, answers)
+            print(row(name, results["cases"][name]), flush=True)
+            if cfg.out is not None:
+                cfg.out.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from lockstep.cases import CASES, Case
 from lockstep.checkouts import HERE, our_worker
 from lockstep.machine import machine
 from lockstep.models import case_folder
-from lockstep.summary import paired_ratio
+from lockstep.summary import Spread, paired_ratio
 from lockstep.trl_environment import trl_python
 from lockstep.turns import Worker
 from lockstep.work import gemm_rate, work_of
@@ -44,7 +44,7 @@ class Settings:
     quick: bool = False
     """Cases a and d alone, three rounds."""
     out: Path | None = None
-    """Write all iterations there as JSON."""
+    """Write the numbers there as JSON."""
 
 
 def trl_worker(case: Case, runs: Path) -> Worker:
@@ -106,6 +106,7 @@ def summary(case: Case, answers: Answers, rates: dict[str, float]) -> dict[str, 
     shares = {part: getattr(work, part) / seconds[part] / rate for part in PARTS}
     return {
         "text": case.text,
+        "cpu": cpu,
         "seconds": {kind: median(values) for kind, values in cpu.items()},
         "faster": asdict(paired_ratio(cpu["trl"], cpu["ours"])),
         "faster_than_no_gc": asdict(paired_ratio(cpu["trl_no_gc"], cpu["ours"])),
@@ -123,10 +124,7 @@ def summary(case: Case, answers: Answers, rates: dict[str, float]) -> dict[str, 
 
 def lines(name: str, found: dict[str, Any]) -> str:
     """A case of the table, as text."""
-
-    def ratio(key: str) -> str:
-        return "{median:.2f} ({low:.2f} to {high:.2f})".format(**found[key])
-
+    faster, without_gc = (Spread(**found[key]) for key in ("faster", "faster_than_no_gc"))
     parts = ", ".join(f"{part} {value:.2f}" for part, value in found["parts"].items())
     shares = ", ".join(f"{part} {value:.0%}" for part, value in found["share_of_gemm"].items())
     seconds, peak, above = found["seconds"], found["peak_mib"], found["peak_above_imports_mib"]
@@ -134,7 +132,7 @@ def lines(name: str, found: dict[str, Any]) -> str:
         f"{name}: {found['text']}\n"
         f"  CPU seconds: TRL {seconds['trl']:.2f}, without gc {seconds['trl_no_gc']:.2f}, "
         f"ours {seconds['ours']:.2f} ({parts})\n"
-        f"  times as fast as TRL: {ratio('faster')}, without gc {ratio('faster_than_no_gc')}\n"
+        f"  times as fast as TRL: {faster}, without gc {without_gc}\n"
         f"  peak MiB: TRL {peak['trl']:.0f}, ours {peak['ours']:.0f}: {peak['ours'] / peak['trl']:.2f}; "
         f"above imports {above['trl']:.0f}, {above['ours']:.0f}: {above['ours'] / above['trl']:.2f}\n"
         f"  share of {list(found['gemm_gflops'].values())[-1]:.0f} GFLOP/s: {shares}"
@@ -148,7 +146,7 @@ def main(cfg: Settings) -> None:
     for name in cases:
         answers, rates = measure(CASES[name], iterations or CASES[name].iterations)
         found = summary(CASES[name], answers, rates)
-        results["cases"][name] = {**found, "iterations": answers}
+        results["cases"][name] = found
         print(lines(name, found), flush=True)
         if cfg.out is not None:
             cfg.out.write_text(json.dumps(results, indent=1))
