@@ -36,8 +36,17 @@ TEMPLATE = (
 def case_folder(case: Case) -> Path:
     """The folder of a case: policy/, reward/ and prompts.jsonl; it is made once."""
     build = counting_case if case.model == "counting" else _smollm2
-    sizes = (case.layers, case.hidden, case.vocabulary, case.batch, case.prompt, case.longest, case.shortest)
-    name = f"speed-{case.model}-{settings_key({'sizes': sizes})}"
+    sizes = (
+        2,
+        case.layers,
+        case.hidden,
+        case.vocabulary,
+        case.batch,
+        case.prompt,
+        case.longest,
+        case.shortest,
+    )
+    name = f"speed-{case.model}-{settings_key({'sizes': sizes, 'version': 2})}"
     return cached(name, lambda folder: build(case, folder))
 
 
@@ -64,14 +73,17 @@ def counting_models(case: Case, folder: Path) -> None:
             layer.self_attn.o_proj.weight *= 0.1
             layer.mlp.down_proj.weight *= 0.1
         embedding, head = policy.model.embed_tokens.weight, policy.lm_head.weight
-        embedding[:, : case.longest] = 0
-        head[:, : case.longest] = 0
         words = torch.arange(FIRST_WORD, case.vocabulary)
         classes = (words - FIRST_WORD) % case.longest
+        embedding[:, : case.longest] = 0
         embedding[words, classes] = 1.0
+        # The final norm makes the class's column about the square root of hidden, so logits are about -15
+        # or 15: far enough apart for any vocabulary, and small enough for bfloat16 to resolve.
+        sure = 15 / case.hidden**0.5
+        head[:, : case.longest] = -sure
         after = classes + 1 < case.longest
-        head[words[after], classes[after] + 1] = 4.0
-        head[END, 0] = 4.0
+        head[words[after], classes[after] + 1] = sure
+        head[END, 0] = sure
     config.num_labels = 1
     reward = LlamaForSequenceClassification(config)
     for name, model in (("policy", policy), ("reward", reward)):
