@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ppo_kit.doctor.finding import Level
 from ppo_kit.doctor.subject import Subject
-from ppo_kit.memory import estimate_memory
+from ppo_kit.memory import allocator_advice, estimate_memory
 from ppo_kit.models import Critic, RewardModel, check_policy, check_positions, check_scalar
 from ppo_kit.monitor.first_ratio import check_first_ratio
 from ppo_kit.rewards import RetokenizedReward
@@ -40,7 +40,8 @@ def memory(subject: Subject) -> tuple[Level, str, str]:
             found,
             "a smaller --micro-batch-size, --lora-rank N, --train-layers N, or smaller models",
         )
-    return "pass", found, ""
+    advice = allocator_advice(estimate)
+    return ("warn", found, advice) if advice else ("pass", found, "")
 
 
 def sampling(subject: Subject) -> tuple[Level, str, str]:

@@ -14,7 +14,7 @@ from tensordict.nn import TensorDictModuleBase
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_kit.engine import Engine
-from ppo_kit.memory import estimate_memory
+from ppo_kit.memory import allocator_advice, estimate_memory
 from ppo_kit.models import (
     Critic,
     LoRA,
@@ -145,6 +145,8 @@ def log_memory(settings: RLSettings, policy: str, rewards: Mapping[str, tuple[An
             "this run needs more memory than is available; --lora-rank, --train-layers or a smaller "
             "--micro-batch-size lower it"
         )
+    elif advice := allocator_advice(estimate):
+        logger.warning(advice)
 
 
 def scalar_model_of(model: PreTrainedModel) -> PreTrainedModel:
