@@ -15,12 +15,8 @@ if TYPE_CHECKING:
     from ppo_kit.functional.entropy import entropy_loss, kl_cov, token_covariance
     from ppo_kit.functional.groups import varied_groups
     from ppo_kit.functional.kl import kl_estimate, kl_exact
-    from ppo_kit.functional.logprobs import (
-        linear_log_probs_and_entropy,
-        linear_token_log_probs,
-        token_entropy,
-        token_log_probs,
-    )
+    from ppo_kit.functional.linear_logprobs import linear_log_probs_and_entropy, linear_token_log_probs
+    from ppo_kit.functional.logprobs import token_entropy, token_log_probs
     from ppo_kit.functional.masked import last_valid, masked_mean, masked_sum, masked_var, whiten, zero_masked
     from ppo_kit.functional.moments import Moments, merge_moments, moments_of
     from ppo_kit.functional.policy import (

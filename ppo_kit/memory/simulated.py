@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from ppo_kit.functional.tiled_logits import tile_size
+from ppo_kit.models.head import plain_model
 from ppo_kit.models.load import freeze_below
 from ppo_kit.models.lora import LoRA
 from ppo_kit.models.policy import autocast, cache_of, checkpoint_activations, disable_dropout
@@ -115,7 +117,7 @@ class SimulatedStep:
     @torch.no_grad()
     def score(self) -> None:
         rows = self.work.rollout_size
-        self._log_probs(self.reference, rows, entropy=False)
+        self._log_probs(self.reference, rows)
         self._scalars(self.critic, rows)
         if self.reward is not None:
             self._scalars(self.reward, rows)
@@ -129,31 +131,24 @@ class SimulatedStep:
             for parameter in self.trainable:
                 parameter.register_post_accumulate_grad_hook(_drop)
         for _ in range(2 if self.work.micro_batch_size < self.work.minibatch_size else 1):
-            log_probs = self._log_probs(self.policy, rows, entropy=True)
+            log_probs = self._log_probs(self.policy, rows)
             values = self._scalars(self.critic, rows)
             (log_probs.sum() + values.sum()).backward()
             del log_probs, values
         for parameter in self.trainable:
             parameter.grad = None
 
-    def _log_probs(self, model: Any, rows: int, *, entropy: bool) -> Tensor:
-        """As ``Policy`` and ``functional`` compute them, without their checks: those look at data."""
+    def _log_probs(self, model: Any, rows: int) -> Tensor:
+        """As ``Policy`` reads them, of every response token; without the loop over the vocabulary."""
         work = self.work
         with autocast(model, work.dtype):
-            logits = model(
-                **_inputs(rows, work.prompt_tokens + work.max_new_tokens),
-                use_cache=False,
-                logits_to_keep=work.max_new_tokens + 1,
-            ).logits[:, :-1]
-        logits = logits.float() / 1.0
-        ids = torch.zeros(rows, work.max_new_tokens, 1, dtype=torch.int64)
-        log_probs = logits.log_softmax(-1).gather(-1, ids)
-        if entropy:
-            with torch.no_grad():
-                log_p = logits.log_softmax(-1)
-                surprise = torch.where(log_p != -torch.inf, -log_p, 0.0)
-                (log_p.exp() * surprise).sum(-1)
-        return log_probs
+            hidden = model.base_model(
+                **_inputs(rows, work.prompt_tokens + work.max_new_tokens), use_cache=False
+            ).last_hidden_state
+        at = torch.zeros(rows * work.max_new_tokens, dtype=torch.int64)
+        weight = plain_model(model).get_output_embeddings().weight
+        states = hidden.flatten(0, 1).index_select(0, at).to(work.dtype)
+        return _Readings.apply(states, weight)
 
     def _scalars(self, model: Any, rows: int) -> Tensor:
         with autocast(model, self.work.dtype):
@@ -161,6 +156,33 @@ class SimulatedStep:
                 **_inputs(rows, self.work.prompt_tokens + self.work.max_new_tokens), use_cache=False
             ).last_hidden_state
         return model.score(hidden.to(self.dtype))
+
+
+class _Readings(torch.autograd.Function):
+    """What ``linear_log_probs_and_entropy`` makes and keeps, of states [N,H] and the output matrix."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor) -> Tensor:
+        ctx.size = tile_size(len(states), len(weight))
+        buffers = torch.empty(2, ctx.size)
+        ctx.direction = ctx.needs_input_grad[0] and not ctx.needs_input_grad[1]
+        if ctx.direction:
+            mixed = torch.empty(states.shape)
+            ctx.save_for_backward(states, weight, states.float().clone() - mixed)
+        else:
+            ctx.save_for_backward(states, weight)
+        return buffers.new_zeros(len(states))
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        states, weight, *direction = ctx.saved_tensors
+        if direction:
+            return upstream[0][:, None] * direction[0], None
+        buffers = torch.empty(3, ctx.size)
+        made = [torch.empty(states.shape) if ctx.needs_input_grad[0] else None,
+                torch.empty_like(weight) if ctx.needs_input_grad[1] else None]  # fmt: skip
+        del buffers
+        return tuple(made)
 
 
 def _drop(parameter: Tensor) -> None:

@@ -224,6 +224,11 @@ class AdaptedModel(nn.Module):
         self.lora.use(self.name)
         return self.lora.model(**inputs)
 
+    def base_model(self, **inputs: Any) -> Any:
+        """The backbone alone."""
+        self.lora.use(self.name)
+        return self.lora.model.base_model(**inputs)
+
     def activation_checkpointing_enable(self, settings: dict[str, Any]) -> None:
         checkpoint_activations(self.lora.model)
 
@@ -254,7 +259,3 @@ class AdaptedScalar(AdaptedModel):
             head = nn.Linear(output.shape[1], 1, bias=False).to(output)
             nn.init.zeros_(head.weight)
         self.score = copy.deepcopy(head).requires_grad_(name is not None)
-
-    def base_model(self, **inputs: Any) -> Any:
-        self.lora.use(self.name)
-        return self.lora.model.base_model(**inputs)

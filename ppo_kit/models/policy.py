@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ppo_kit.functional import token_entropy, token_log_probs
+from ppo_kit.models.head import HeadForm, TokenReader, head_form
 from ppo_kit.models.sequence import join
 from ppo_kit.modules.base import BatchModule
 
@@ -63,7 +64,9 @@ class Policy(ModelModule):
     r"""``log_probs`` and ``entropy`` of the response tokens under a causal language model.
 
     log π(y_t | x, y_<t) at temperature τ is log softmax(z_t / τ)[y_t], with z_t the float32 logits at
-    position P-1+t, the state before token t.
+    position P-1+t, the state before token t. Logits are made at valid response tokens alone, and not held
+    (``linear_token_log_probs``), where the model's are those of its output matrix on its last hidden states,
+    which is tried at first use; for other models, and sharded weights, all [B,T,V] are held.
 
     Args:
         model: any ``AutoModelForCausalLM``.
@@ -100,7 +103,13 @@ class Policy(ModelModule):
             raise ValueError(f"valid_ids: got {valid_ids.dtype} {list(valid_ids.shape)}, needs a bool [N]")
         self.temperature = temperature
         self.entropy_grad = entropy_grad
+        self._form: HeadForm | None = None
+        self._form_is_known = False
         self.register_buffer("valid_ids", valid_ids, persistent=False)
+
+    @property
+    def network(self) -> nn.Module:
+        return TokenReader(self.model)
 
     def scaled(self, logits: Tensor) -> Tensor:
         """The float32 logits that tokens are drawn from and scored by: over τ, -inf where no token is."""
@@ -125,12 +134,42 @@ class Policy(ModelModule):
         return self.scaled(logits)
 
     def compute(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        log_probs, entropy = self._read(*inputs, entropy=True)
+        return log_probs, entropy if self.entropy_grad else entropy.detach()
+
+    def _read(self, *inputs: Tensor, entropy: bool) -> list[Tensor]:
+        """log_probs and, if asked for, entropy, each [B,T]."""
+        if not self._form_is_known:
+            self._form, self._form_is_known = head_form(self.model), True
+        if self._form is None:
+            return self._read_from_logits(*inputs, entropy=entropy)
+        response_mask = inputs[3]
+        ids, mask, positions = join(*inputs)
+        said = torch.zeros_like(mask, dtype=torch.bool)
+        said[:, -response_mask.shape[1] - 1 : -1] = response_mask
+        with self.autocast():
+            found = self.call(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                use_cache=False,
+                said=said,
+                form=self._form,
+                temperature=self.temperature,
+                valid_ids=self.valid_ids,
+                entropy=entropy,
+            )
+        zeros = found[0].new_zeros(response_mask.shape)
+        return [zeros.masked_scatter(response_mask, each) for each in found]
+
+    def _read_from_logits(self, *inputs: Tensor, entropy: bool) -> list[Tensor]:
         response_ids, response_mask = inputs[2:]
         logits = self.logits(*inputs)
-        log_probs = token_log_probs(logits, torch.where(response_mask, response_ids, 0))
-        with torch.set_grad_enabled(self.entropy_grad and torch.is_grad_enabled()):
-            entropy = token_entropy(logits)
-        return torch.where(response_mask, log_probs, 0.0), torch.where(response_mask, entropy, 0.0)
+        found = [token_log_probs(logits, torch.where(response_mask, response_ids, 0))]
+        if entropy:
+            with torch.set_grad_enabled(self.entropy_grad and torch.is_grad_enabled()):
+                found.append(token_entropy(logits))
+        return [torch.where(response_mask, each, 0.0) for each in found]
 
 
 class Reference(Policy):
@@ -151,9 +190,7 @@ class Reference(Policy):
 
     @torch.no_grad()
     def compute(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        response_ids, response_mask = inputs[2:]
-        log_probs = token_log_probs(self.logits(*inputs), torch.where(response_mask, response_ids, 0))
-        return (torch.where(response_mask, log_probs, 0.0),)
+        return tuple(self._read(*inputs, entropy=False))
 
 
 def checked_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -61,6 +61,11 @@ def check_policy(policy: Policy, *, name: str | None = None, tolerance: float | 
         read = policy.call(**_inputs(ids, mask), logits_to_keep=LENGTH - PROMPT + 1, use_cache=False).logits
         same(read, both[:, PROMPT - 1 :], "asked for its last logits alone, it gives others")
         same(
+            *_read(policy, ids, mask, log_probs(both)),
+            "its log-probabilities are not those of its logits",
+            measured=True,
+        )
+        same(
             _cached(policy, name, ids, mask),
             both[:, PROMPT - 1 :],
             "with its cache it gives other log-probabilities than without: what is sampled is not what is "
@@ -138,16 +143,26 @@ def check_positions(model: Any, needed: int, *, name: str) -> None:
     )
 
 
+def _read(policy: Policy, ids: Tensor, mask: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of the tokens after the prompt: as ``policy`` reads them, and out of all ``log_probs``."""
+    prompt, response = slice(None, PROMPT), slice(PROMPT, None)
+    found = policy.compute(
+        ids[:, prompt], mask[:, prompt].bool(), ids[:, response], mask[:, response].bool()
+    )[0]
+    return found, log_probs[:, PROMPT - 1 : -1].gather(-1, ids[:, response, None]).squeeze(-1)
+
+
 def _comparison(
     module: ModelModule, name: str | None, tolerance: float | None, measure: Callable[[Tensor], Tensor]
-) -> tuple[str, Callable[[Tensor, Tensor, str], None]]:
+) -> tuple[str, Callable[..., None]]:
     """The model's name, and what refuses two answers of it that differ."""
     name = name or module.model.config.model_type
     dtypes = {weight.dtype for weight in _base(module.model).parameters()}
     limit = tolerance or (0.01 if dtypes == {torch.float32} else 0.3)
 
-    def same(found: Tensor, right: Tensor, reason: str) -> None:
-        found, right = measure(found), measure(right)
+    def same(found: Tensor, right: Tensor, reason: str, *, measured: bool = False) -> None:
+        if not measured:
+            found, right = measure(found), measure(right)
         difference = float(((found - right).abs() / right.abs().clamp(min=1)).max())
         if not difference <= limit:  # a NaN as well
             raise ValueError(f"{name}: {reason} (by {difference:.3g}; {limit} may be rounding)")

@@ -26,7 +26,7 @@ GIVEN: dict[str, Any] = {
 
 MAY_BE_INFINITE = {"clip_high", "log_clip_low", "log_clip_high", "dual_clip", "clip"}
 MUST_BE_ABOVE_ZERO = {"alpha", "buffer", "cap", "chunk_size", "delta", "dual_clip", "fraction", "length",
-                      "max_length", "num_sequences", "num_tokens", "temperature"}  # fmt: skip
+                      "max_length", "num_sequences", "num_tokens", "softcap", "temperature"}  # fmt: skip
 FUNCTIONS = [getattr(functional, name) for name in functional.__all__]
 FUNCTIONS = [fn for fn in FUNCTIONS if inspect.isfunction(fn)]
 
