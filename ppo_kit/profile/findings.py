@@ -30,7 +30,8 @@ class Part:
     matrix_share: float | None = None
     """Of the part's time, what matrix products and attention take."""
     rate: float | None = None
-    """Matrix products per second of the part [floating-point operations per second]."""
+    """Matrix products of the part per second that it computes: on a CPU, per CPU second and thread
+    [floating-point operations per second]."""
     padding: float | None = None
     """Of the token slots that models read, those without a token that had to be read."""
     peak_mib: float | None = None

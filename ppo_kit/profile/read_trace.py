@@ -59,22 +59,26 @@ def read_trace(recorder: Recorder, *, best_rate: float) -> Profile:
 
 
 def best_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """The best of some large matrix products [floating-point operations per second]."""
+    """The best of some large matrix products [floating-point operations per second that it computes]."""
     size, best = (4096 if device.type == "cuda" else 1024), 0.0
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    shared = 1 if device.type == "cuda" else torch.get_num_threads()
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     for _ in range(10):
-        start = time.perf_counter()
+        start = clock()
         torch.mm(a, b)
         if device.type == "cuda":
             torch.cuda.synchronize()
-        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+        best = max(best, 2 * size**3 * shared / (clock() - start))
     return best
 
 
 def _part(name: str, recorder: Recorder, traced: _Traced, step_seconds: float) -> Part:
     timed = [step.parts[name] for step in recorder.timed if name in step.parts]
     seconds = median(each.seconds for each in timed)
-    cpu = sum(each.user + each.system for each in timed)
+    cpu = sum(each.cpu for each in timed)
+    # On a CPU that others use as well, seconds say little of what the part itself could do.
+    busy = seconds if torch.cuda.is_available() else cpu / len(timed) / torch.get_num_threads()
     slowest = sorted(traced.operators, key=lambda key: -traced.operators[key])[:SHOWN]
     products = sum(
         spent for key, spent in traced.operators.items() if key in PRODUCTS or ATTENTION in key
@@ -86,7 +90,7 @@ def _part(name: str, recorder: Recorder, traced: _Traced, step_seconds: float) -
         share=seconds / step_seconds,
         system_share=sum(each.system for each in timed) / max(cpu, 1e-9),
         matrix_share=products / whole,
-        rate=traced.flops / recorder.steps / seconds,
+        rate=traced.flops / recorder.steps / busy,
         padding=_padding(name, traced.reads, recorder.profiled),
         peak_mib=recorder.peaks[name],
         operators=tuple(
@@ -104,7 +108,7 @@ def _other(timed: Sequence[Step], step_seconds: float) -> Part:
 
     seconds = max(0.0, median(left(step, "seconds") for step in timed))
     system = sum(left(step, "system") for step in timed)
-    cpu = system + sum(left(step, "user") for step in timed)
+    cpu = sum(left(step, "cpu") for step in timed)
     return Part("other", seconds, seconds / step_seconds, max(0.0, system) / max(cpu, 1e-9))
 
 

@@ -27,7 +27,8 @@ class Clocked:
     """What the clocks say of a part, or of a whole step."""
 
     seconds: float = 0.0
-    user: float = 0.0
+    cpu: float = 0.0
+    """Of all threads, what the operating system took included."""
     system: float = 0.0
 
 
@@ -101,13 +102,12 @@ class Recorder(StepObserver):
 
 
 def _clocks() -> tuple[float, float, float]:
-    times = os.times()
-    return time.perf_counter(), times.user, times.system
+    return time.perf_counter(), time.process_time(), os.times().system
 
 
 def _add(to: Clocked, start: tuple[float, float, float]) -> None:
-    seconds, user, system = (now - then for now, then in zip(_clocks(), start, strict=True))
-    to.seconds, to.user, to.system = to.seconds + seconds, to.user + user, to.system + system
+    seconds, cpu, system = (now - then for now, then in zip(_clocks(), start, strict=True))
+    to.seconds, to.cpu, to.system = to.seconds + seconds, to.cpu + cpu, to.system + system
 
 
 def _synchronize() -> None:
