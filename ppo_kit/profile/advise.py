@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ppo_kit.profile.findings import Part, Profile
 
-ALLOCATOR = "MALLOC_TOP_PAD_=67108864 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_MMAP_THRESHOLD_=4294967296"
+ALLOCATOR = "MALLOC_TRIM_THRESHOLD_=1073741824 MALLOC_MMAP_THRESHOLD_=1073741824"
 """Settings of glibc's allocator that keep freed memory for the next step."""
 
 
