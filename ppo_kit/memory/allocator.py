@@ -26,7 +26,8 @@ def allocator_advice(estimate: MemoryEstimate) -> str | None:
         return None
     return (
         f"memory: glibc's allocator may keep up to {KEPT:.0%} more than this after it was freed, and that is "
-        f"more than is available; {VARIABLE}=1048576 in the environment makes it return large blocks"
+        f"more than is available; {VARIABLE}=1048576 in the environment makes it return large blocks, "
+        "for up to a third more time"
     )
 
 

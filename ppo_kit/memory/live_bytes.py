@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves
 
 GROUPED = getattr(torch.ops.aten, "_grouped_mm", None) and torch.ops.aten._grouped_mm.default
 
@@ -56,7 +56,10 @@ class LiveBytes(TorchDispatchMode):
             out = args[0].new_empty(grouped_shape(*args[:2], *args[2:3]))
         else:
             out = func(*args, **(kwargs or {}))
-        tree_map_only(Tensor, self.note, out)
+        # Looking for tensors in a structure takes as long as the operation; most return one.
+        for each in [out] if isinstance(out, Tensor) else tree_leaves(out):
+            if isinstance(each, Tensor):
+                self.note(each)
         return out
 
     def extra(self, run: Callable[[], None]) -> int:
