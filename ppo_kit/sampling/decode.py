@@ -8,13 +8,20 @@ from collections.abc import Iterable
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
 from ppo_kit.engine import ranks
-from ppo_kit.functional import token_entropy, token_log_probs
-from ppo_kit.models.policy import Policy, cache_of
-from ppo_kit.models.sequence import positions_of
+from ppo_kit.models.policy import Policy
+from ppo_kit.sampling.draw import draw
+from ppo_kit.sampling.reader import Reader
+from ppo_kit.sampling.responses import Responses
 from ppo_kit.sampling.sampling import Sampling
+
+SHARE = 7 / 8
+"""Rows that ended leave the batch once fewer than this share of it goes on."""
+CHECK_EVERY = {"cpu": 1}
+"""Tokens between two looks at which rows ended, by device; 8 on others: to look waits for the device."""
 
 
 @torch.no_grad()
@@ -30,7 +37,11 @@ def rollout(
     """Sample one response to each prompt; a new batch with the response's keys and ``old_log_probs``.
 
     Token t of row b is drawn by inverting the cumulative distribution at a uniform number that depends only
-    on the row's seed and t, so responses do not depend on the batch, the rank or torch's global generator.
+    on the row's seed and t, so responses do not depend on the batch, the rank or torch's global generator, up
+    to the rounding of the logits: a matrix product of another number of rows may round otherwise.
+
+    Equal prompts are read once, and rows that ended leave the batch, so that it costs its tokens; where the
+    cache is another than transformers' ``DynamicCache`` of known layers, rows stay and are masked.
 
     Args:
         policy: its model, temperature and valid ids are used.
@@ -50,60 +61,43 @@ def rollout(
         ValueError: the number of seeds is not the number of prompts; an end id is not one of the model's;
             stop strings without a tokenizer.
     """
-    ends = torch.tensor(
-        _checked_ends(policy, end_ids), dtype=torch.int64, device=prompts["prompt_ids"].device
-    )
+    ends = _checked_ends(policy, end_ids)
     if sampling.stop and tokenizer is None:
         raise ValueError(f"stop: got {sampling.stop}, and no tokenizer, which reads the text of a response")
     batch = prompts.clone(recurse=False)
     ids, mask = batch["prompt_ids"], batch["prompt_mask"]
-    size, width = ids.shape
-    uniforms = _uniforms(seeds, size, sampling.max_new_tokens).to(ids.device)
+    (size, width), device, length = ids.shape, ids.device, sampling.max_new_tokens
+    uniforms = _uniforms(seeds, size, length).to(device)
     filters = sampling.filters()
-
-    cache = None  # the model makes its own: of keys and values, or of other states (hybrids)
-    mask = torch.cat([mask, mask.new_ones(size, sampling.max_new_tokens)], 1)
-    positions = positions_of(mask)
-    step_ids, step_positions = torch.where(mask[:, :width], ids, 0), positions[:, :width]
     # What the repetition penalty looks at: a masked slot repeats the row's last token, so it penalizes none.
-    history = torch.where(mask[:, :width], ids, ids[:, -1:])
-    alive = torch.ones(size, dtype=torch.bool, device=ids.device)
-    filler = ends[:1].sum()  # of masked slots: 0 where nothing ends a response
-    tokens, masks, log_probs, entropies = [], [], [], []
+    history = pad(torch.where(mask, ids, ids[:, -1:]), (0, length))
+    responses = Responses(size, length, device)
     with policy.autocast():
-        for t in range(sampling.max_new_tokens):
-            out = policy.call(
-                input_ids=step_ids,
-                attention_mask=mask[:, : width + t].long(),
-                position_ids=step_positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            cache = cache_of(out, policy.model.config.model_type)
-            logits = policy.scaled(out.logits[:, -1])
-            shaped = filters(history, logits)
-            token = shaped.argmax(-1) if sampling.greedy else _invert(shaped, uniforms[:, t])
-            tokens.append(torch.where(alive, token, filler))
-            masks.append(alive)
-            log_probs.append(torch.where(alive, token_log_probs(logits, token), 0.0))
-            entropies.append(torch.where(alive, token_entropy(logits), 0.0))
-            alive = alive & ~torch.isin(token, ends)
+        reader = Reader(policy, ids, mask, length)
+        is_end = torch.zeros(reader.logits.shape[-1], dtype=torch.bool, device=device)
+        is_end[ends] = True
+        for t in range(length):
+            shaped = filters(history[:, : width + t], reader.logits) if filters else None
+            drawn = draw(reader.logits, None if sampling.greedy else uniforms[:, t], shaped=shaped)
+            responses.add(drawn)
+            responses.end(is_end[drawn.token])
             if sampling.stop and tokenizer is not None:
-                alive = alive & ~_stopped(tokenizer, sampling.stop, tokens, alive)
-            # Sharded weights are gathered in every forward, so no rank stops before the others.
-            if not ranks.any_rank(alive.any()):
+                responses.end(_stopped(tokenizer, sampling.stop, responses))
+            token = history[:, width + t] = drawn.token
+            if t + 1 == length:
                 break
-            if filters:
-                history = torch.cat([history, tokens[-1][:, None]], 1)
-            step_ids = tokens[-1][:, None]
-            step_positions = positions[:, width + t : width + t + 1]
-    batch["response_ids"] = torch.stack(tokens, 1)
-    batch["response_mask"] = torch.stack(masks, 1)
-    batch["old_log_probs"] = torch.stack(log_probs, 1)
-    batch["entropy"] = torch.stack(entropies, 1)
-    batch["truncated"] = alive
-    return batch
+            if (t + 1) % CHECK_EVERY.get(device.type, 8) == 0:
+                going = responses.going()
+                # Sharded weights are gathered in every forward, so no rank stops before the others.
+                if not ranks.any_rank(len(going) > 0):
+                    break
+                if reader.movable and len(going) < SHARE * len(token):
+                    rows = going if len(going) else going.new_zeros(1)
+                    uniforms, history, token = uniforms[rows], history[rows], token[rows]
+                    responses.select(rows)
+                    reader.select(rows)
+            reader.read(token)
+    return responses.write(batch, filler=ends[0] if ends else 0)
 
 
 def row_seed(*parts: int) -> int:
@@ -132,22 +126,12 @@ def _checked_ends(policy: Policy, end_ids: Iterable[int]) -> list[int]:
     return ends
 
 
-def _stopped(
-    tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...], tokens: list[Tensor], alive: Tensor
-) -> Tensor:
-    """[B] bool: where the last token completed a stop string; False where not ``alive``."""
+def _stopped(tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...], responses: Responses) -> Tensor:
+    """[R] bool: where the last token completed a stop string; False where the response had ended."""
     # A character takes 4 tokens at most (one a byte): older ones are in no string that ends now.
-    recent = torch.stack(tokens[-4 * max(map(len, stop)) - 4 :], 1)
-    rows = alive.nonzero().flatten().tolist()
+    recent = responses.recent(4 * max(map(len, stop)) + 4)
+    rows = responses.going().tolist()
     texts = tokenizer.batch_decode(recent[rows].tolist(), clean_up_tokenization_spaces=False)
-    stopped = torch.zeros_like(alive)
+    stopped = torch.zeros_like(responses.alive)
     stopped[[row for row, text in zip(rows, texts, strict=True) if any(s in text for s in stop)]] = True
     return stopped
-
-
-def _invert(logits: Tensor, uniform: Tensor) -> Tensor:
-    """The token at which the cumulative distribution [B,V] first exceeds ``uniform`` [B]."""
-    cumulative = torch.softmax(logits.double(), -1).cumsum(-1)
-    target = uniform[:, None] * cumulative[:, -1:]
-    token = torch.searchsorted(cumulative, target, right=True).squeeze(1)
-    return token.clamp(max=logits.shape[-1] - 1)

@@ -1,0 +1,70 @@
+"""The cache of a decoding loop: keys and values that grow in blocks, and rows that come and go."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache, cache_utils
+from transformers.cache_utils import DynamicLayer
+
+MOVABLE = (
+    "DynamicLayer",
+    "DynamicSlidingWindowLayer",
+    "DynamicIndexedLayer",
+    "LinearAttentionLayer",
+    "LinearAttentionAndFullAttentionLayer",
+    "LinearAttentionAndSlidingWindowAttentionLayer",
+    "DummyLayer",
+)
+"""The layers of transformers' caches of which ``reorder_cache`` moves all that belongs to a row."""
+
+
+class BlockLayer(DynamicLayer):
+    """A ``DynamicLayer`` with room for tokens to come, where that one copies all it holds at every token."""
+
+    def __init__(self, layer: DynamicLayer) -> None:
+        super().__init__()
+        self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
+        self._hold(layer.keys, layer.values)
+
+    def _hold(self, keys: Tensor, values: Tensor, more: int = 0) -> None:
+        """Copy keys and values [B,H,L,D] to a block with room for half as many again, for 64 and ``more``."""
+        held = keys.shape[2]
+        size = held + max(64, held // 2, more)
+        self._blocks = [each.new_empty(*each.shape[:2], size, each.shape[3]) for each in (keys, values)]
+        for block, each in zip(self._blocks, (keys, values), strict=True):
+            block[:, :, :held] = each
+        self._show(held)
+
+    def _show(self, held: int) -> None:
+        self.keys, self.values = (block[:, :, :held] for block in self._blocks)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        held = self.keys.shape[2]
+        end = held + key_states.shape[2]
+        if end > self._blocks[0].shape[2]:
+            self._hold(self.keys, self.values, key_states.shape[2])
+        for block, states in zip(self._blocks, (key_states, value_states), strict=True):
+            block[:, :, held:end] = states
+        self._show(end)
+        return self.keys, self.values
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        rows = beam_idx.to(self.keys.device)
+        self._hold(self.keys.index_select(0, rows), self.values.index_select(0, rows))
+
+
+def is_movable(cache: Any) -> bool:
+    """Whether ``cache.reorder_cache`` leaves rows out and repeats them; layers of a model's own may not."""
+    known = {getattr(cache_utils, name, None) for name in MOVABLE} | {BlockLayer}
+    return type(cache) is DynamicCache and all(type(layer) in known for layer in cache.layers)
+
+
+def grow_in_blocks(cache: Any) -> None:
+    """Give the layers of ``cache`` that hold all keys and values room for those to come."""
+    if type(cache) is DynamicCache:
+        cache.layers = [
+            BlockLayer(layer) if type(layer) is DynamicLayer and layer.keys is not None else layer
+            for layer in cache.layers
+        ]
