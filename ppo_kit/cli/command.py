@@ -32,7 +32,7 @@ COMMANDS = {
 _PROGRAMS = {
     "doctor": "ppo_kit.doctor.__main__",
     "data": "ppo_kit.data.__main__",
-    "memory": "ppo_kit.memory.estimate",
+    "memory": "ppo_kit.memory.command",
     "replay": "ppo_kit.run.__main__",
     "report": "ppo_kit.cli.pictures",
     "compare": "ppo_kit.cli.pictures",

@@ -7,12 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ppo_kit.models import load_tokenizer
 from ppo_kit.report.inspector import write_inspector, write_tokens
-from ppo_kit.rewards import decode
-from ppo_kit.run.faults import read_fault
-from ppo_kit.sandbox import sandbox_tokenizer
-from ppo_kit.training.token_records import token_records
 
 MOST_ROWS = 24
 """Responses of a fault's batch on the page."""
@@ -46,6 +41,13 @@ def inspect_fault(file: Path, path: Path | None = None, *, tokenizer: str | None
     Raises:
         FileNotFoundError, ValueError: as ``read_fault``; the tokenizer cannot be loaded.
     """
+    # A run's own page needs none of these, which take seconds to import.
+    from ppo_kit.models import load_tokenizer
+    from ppo_kit.rewards import decode
+    from ppo_kit.run.faults import read_fault
+    from ppo_kit.sandbox import sandbox_tokenizer
+    from ppo_kit.training.token_records import token_records
+
     batch, about = read_fault(file)
     name = tokenizer or about["settings"].get("policy", "sandbox")
     reads: Any = sandbox_tokenizer() if name == "sandbox" else load_tokenizer(name)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import check_file, read_tokenizer
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
@@ -17,6 +15,9 @@ def main(arguments: list[str] | None = None) -> int:
     check.add_argument("file", help=".jsonl, .json, either with .gz, or .parquet")
     check.add_argument("--tokenizer", help="folder or Hub id; lengths are then in tokens, not in characters")
     chosen = parser.parse_args(arguments)
+    # Imported once the command line is read: --help needs no torch.
+    from ppo_kit.data import check_file, read_tokenizer
+
     try:
         tokenizer = read_tokenizer(chosen.tokenizer) if chosen.tokenizer else None
         contents = check_file(chosen.file, tokenizer)

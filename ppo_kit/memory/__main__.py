@@ -2,6 +2,6 @@
 
 import sys
 
-from ppo_kit.memory.estimate import main
+from ppo_kit.memory.command import main
 
 sys.exit(main())

@@ -10,10 +10,9 @@ float32, as in a run; DeepSpeed's are sharded over ranks, and bfloat16 over floa
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,7 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ppo_kit.memory.live_bytes import LiveBytes
 from ppo_kit.memory.sharding import Sharding
-from ppo_kit.memory.simulated import SimulatedStep, Workload
+from ppo_kit.memory.simulated import SimulatedStep
+from ppo_kit.memory.workload import Workload
 
 GIB = 2**30
 FIRST_USE = 100 * 2**20
@@ -139,28 +139,3 @@ def _gib(size: int) -> str:
     if not size:
         return "0"
     return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Print the estimate; returns 1 where it exceeds what is available."""
-    parser = argparse.ArgumentParser(prog="python -m ppo_kit.memory", description=__doc__.split("\n")[0])
-    parser.add_argument("--policy", required=True, help="smollm2, a folder or a Hub id; its config is read")
-    parser.add_argument("--reward", help="reward model, likewise; none if not given")
-    defaults = Workload()
-    for name in ("rollout_size", "minibatch_size", "micro_batch_size", "prompt_tokens", "max_new_tokens",
-                 "train_layers", "lora_rank"):  # fmt: skip
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(defaults, name))
-    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
-    parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations")
-    parser.add_argument("--ranks", type=int, default=1, help="processes; what is printed is for one")
-    parser.add_argument("--zero-stage", type=int, choices=range(4), default=0)
-    parser.add_argument("--offload", choices=["none", "optimizer", "parameters"], default="none")
-    parser.add_argument("--device", help="cpu or cuda, whether it is there or not; default: what is there")
-    chosen = vars(parser.parse_args(arguments))
-    policy, reward, device = (chosen.pop(name) for name in ("policy", "reward", "device"))
-    dtype = torch.bfloat16 if chosen.pop("bf16") else torch.float32
-    sharding = Sharding(**{field.name: chosen.pop(field.name) for field in fields(Sharding)})
-    work = Workload(**chosen, dtype=dtype)
-    estimate = estimate_memory(policy, reward, work=work, sharding=sharding, device=device)
-    print(estimate)
-    return 0 if estimate.fits else 1

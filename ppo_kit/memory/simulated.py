@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,32 +9,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from ppo_kit.functional.tiled_logits import tile_size
+from ppo_kit.memory.workload import Workload
 from ppo_kit.models.head import plain_model
 from ppo_kit.models.load import freeze_below
 from ppo_kit.models.lora import LoRA
 from ppo_kit.models.policy import autocast, cache_of, checkpoint_activations, disable_dropout
 from ppo_kit.models.reading import reading
 from ppo_kit.models.source import config_source
-
-
-@dataclass(frozen=True)
-class Workload:
-    """Sizes of a step; names and defaults are those of ``PPOSettings``."""
-
-    rollout_size: int = 64
-    minibatch_size: int = 32
-    micro_batch_size: int = 32
-    prompt_tokens: int = 512
-    max_new_tokens: int = 48
-    train_layers: int = -1
-    lora_rank: int = 0
-    gradient_checkpointing: bool = False
-    dtype: torch.dtype = torch.float32
-
-    def on_each_of(self, ranks: int) -> Workload:
-        """What a rank does of it."""
-        rows = {name: -(-getattr(self, name) // ranks) for name in ("rollout_size", "minibatch_size")}
-        return replace(self, **rows)
 
 
 class SimulatedStep:

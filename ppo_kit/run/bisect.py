@@ -8,12 +8,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ppo_kit.monitor import METRICS
-from ppo_kit.run.checkpoint import read_checkpoint
+
+if TYPE_CHECKING:
+    import torch
 
 TIMINGS = frozenset(name for name in METRICS if name.startswith("seconds_")) | {"tokens_per_second"}
 """Metrics that no two runs share."""
@@ -61,6 +61,8 @@ def first_difference(first: Path, second: Path) -> Difference:
         FileNotFoundError: a folder holds no metrics.jsonl.
         ValueError: no step is in both; a checkpoint is damaged.
     """
+    from ppo_kit.run.checkpoint import read_checkpoint
+
     rows = [_rows(folder) for folder in (first, second)]
     common = sorted(rows[0].keys() & rows[1].keys())
     if not common:
@@ -133,6 +135,8 @@ def _first_tensor(first: Any, second: Any) -> str:
 
 
 def _unequal(first: Any, second: Any, where: str) -> Iterator[str]:
+    import torch
+
     if isinstance(first, Mapping) and isinstance(second, Mapping):
         for key in {**first, **second}:
             place = f"{where}.{key}" if where else str(key)

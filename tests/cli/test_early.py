@@ -140,10 +140,10 @@ for file in {[str(file) for file in FILES] + [str(copied)]!r}:
         light(lambda: runpy.run_path(file, run_name="__main__"), status)
 
 from ppo_kit.cli.command import main
+asked = "data doctor memory replay report compare bisect inspect profile ppo_max mine.py".split()
 for arguments, status in (
-    ("--help", 0), ("--version", 0), ("list", 0), ("copy ppo_max", 0), ("docter", 2),
-    ("ppo_max --help", 0), ("ppo_max --stepz 3", 2), ("mine.py --help", 0),
-    ("doctor --help", 0), ("compare --help", 0), ("report --help", 0), ("compare run --panels score", 0),
+    *((f"{{name}} --help", 0) for name in asked), ("--help", 0), ("--version", 0), ("list", 0),
+    ("copy ppo_max", 0), ("docter", 2), ("ppo_max --stepz 3", 2), ("compare run --panels score", 0),
     ("report run", 0),
 ):
     light(lambda: main(arguments.split()), status)

@@ -1,0 +1,41 @@
+"""The command ``ppo-kit memory``, and ``python -m ppo_kit.memory``."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+
+from ppo_kit.memory.sharding import Sharding
+from ppo_kit.memory.workload import Workload
+
+DESCRIPTION = "What a PPO run will need of memory, from the models' configs alone: no weight is loaded."
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the estimate; returns 1 where it exceeds what is available."""
+    parser = argparse.ArgumentParser(prog="python -m ppo_kit.memory", description=DESCRIPTION)
+    parser.add_argument("--policy", required=True, help="smollm2, a folder or a Hub id; its config is read")
+    parser.add_argument("--reward", help="reward model, likewise; none if not given")
+    defaults = {field.name: field.default for field in fields(Workload)}
+    for name in ("rollout_size", "minibatch_size", "micro_batch_size", "prompt_tokens", "max_new_tokens",
+                 "train_layers", "lora_rank"):  # fmt: skip
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=defaults[name])
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations")
+    parser.add_argument("--ranks", type=int, default=1, help="processes; what is printed is for one")
+    parser.add_argument("--zero-stage", type=int, choices=range(4), default=0)
+    parser.add_argument("--offload", choices=["none", "optimizer", "parameters"], default="none")
+    parser.add_argument("--device", help="cpu or cuda, whether it is there or not; default: what is there")
+    chosen = vars(parser.parse_args(arguments))
+    # Imported once the command line is read: --help needs no torch.
+    import torch
+
+    from ppo_kit.memory.estimate import estimate_memory
+
+    policy, reward, device = (chosen.pop(name) for name in ("policy", "reward", "device"))
+    dtype = torch.bfloat16 if chosen.pop("bf16") else torch.float32
+    sharding = Sharding(**{field.name: chosen.pop(field.name) for field in fields(Sharding)})
+    work = Workload(**chosen, dtype=dtype)
+    estimate = estimate_memory(policy, reward, work=work, sharding=sharding, device=device)
+    print(estimate)
+    return 0 if estimate.fits else 1
