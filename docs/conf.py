@@ -29,7 +29,7 @@ extensions = [
     "mathml",
     "reference_pages",
 ]
-exclude_patterns = ["_build", "_ext", "**.ipynb_checkpoints"]
+exclude_patterns = ["_build", "_ext", "jupyter_execute", "**.ipynb_checkpoints"]
 html_theme = "furo"
 html_title = f"ppo_kit {__version__}"
 html_static_path = ["_static"]

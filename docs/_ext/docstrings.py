@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+from itertools import pairwise
 from typing import Any
 
 from sphinx.application import Sphinx
@@ -51,8 +53,36 @@ def list_table(rows: list[list[str]]) -> list[str]:
     return [*lines, ""]
 
 
+def one_argument_a_line(lines: list[str], names: set[str]) -> list[str]:
+    """Lines with ``a: text. b: text.`` below "Args:" as one line for each, where a and b are in ``names``."""
+    several = re.compile(r"(?<=\.) (?=(\w+(?:, \w+)*): )")
+    done, in_arguments = [], False
+    for line in lines:
+        if line.strip() and not line.startswith(" "):
+            in_arguments = line.strip() == "Args:"
+        parts = [line]
+        if in_arguments:
+            cuts = [cut.start() for cut in several.finditer(line) if set(cut[1].split(", ")) <= names]
+            edges = [0, *cuts, len(line)]
+            parts = [line[a:b] for a, b in pairwise(edges)]
+            parts[1:] = [f"    {part.strip()}" for part in parts[1:]]
+        done += parts
+    return done
+
+
+def parameters(thing: Any) -> set[str]:
+    """Names that ``thing`` is called with; none where that is not known."""
+    try:
+        return set(inspect.signature(thing).parameters)
+    except (TypeError, ValueError):
+        return set()
+
+
 def process(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
-    lines[:] = rewrite(lines)
+    lines[:] = rewrite(one_argument_a_line(lines, parameters(thing)))
+    if what in ("attribute", "property") and lines:
+        # Napoleon takes what is before a colon for a type.
+        lines[0] = f":{lines[0]}"
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

@@ -87,8 +87,16 @@ def package_page(name: str, about: str) -> str:
     """The reference of ``ppo_kit.<name>``, its names in the order of the files that define them."""
     package = f"ppo_kit.{name}"
     module = importlib.import_module(package)
-    title = f"{package}: {about[0].lower()}{about[1:]}"
-    lines = [title, "=" * len(title), "", f".. automodule:: {package}", "   :no-members:", ""]
+    lines = [
+        package,
+        "=" * len(package),
+        "",
+        f"**{about}.**",
+        "",
+        f".. automodule:: {package}",
+        "   :no-members:",
+        "",
+    ]
     files: dict[str, list[str]] = {}
     for each in public_names(module):
         thing = getattr(module, each)
@@ -165,7 +173,7 @@ def settings_page() -> str:
         own += [f"### {recipe}", ""]
         own += table(kind, named, about) if named else ["Only the shared settings.", ""]
     lines = [
-        "# Every setting", "",
+        "# Settings", "",
         "A setting is a field of a recipe's settings class and a flag: `kl_coef` is `--kl-coef 0.05`. "
         "[The command line](../cli.md) says how files, presets and flags go together.", "",
         "## Shared by recipes", "",
@@ -178,13 +186,12 @@ def settings_page() -> str:
 
 
 def write(app: Sphinx) -> None:
-    """Write the pages into ``docs/reference``, which git ignores; a page that is the same is left alone."""
-    folder = Path(app.srcdir) / "reference"
-    folder.mkdir(exist_ok=True)
-    pages = {f"{name}.rst": package_page(name, about) for name, about in packages().items()}
-    pages["settings.md"] = settings_page()
+    """Write the pages into folders that git ignores; a page that is the same is left alone."""
+    pages = {f"reference/{name}.rst": package_page(name, about) for name, about in packages().items()}
+    pages["settings/index.md"] = settings_page()
     for name, text in pages.items():
-        file = folder / name
+        file = Path(app.srcdir) / name
+        file.parent.mkdir(exist_ok=True)
         if not file.exists() or file.read_text() != text:
             file.write_text(text)
 

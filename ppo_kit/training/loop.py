@@ -13,10 +13,11 @@ import torch
 from tensordict.nn import TensorDictModuleBase
 from torch import nn
 
-from ppo_kit.engine import Engine, Optimizer, Stateful, start_engine
+from ppo_kit.engine import Engine, Optimizer, Stateful, ranks, start_engine
 from ppo_kit.modules import Objective
 from ppo_kit.monitor import Stopwatch
 from ppo_kit.run import Run
+from ppo_kit.run.model_card import write_model_cards
 from ppo_kit.training.update import Update
 
 SMALLER_IS_BETTER = ("loss", "perplexity", "kl")
@@ -42,6 +43,7 @@ class Loop:
         self.settings = settings
         self.engine: Engine = start_engine(settings)
         self.run = Run(settings, name, self.engine, inputs=inputs)
+        self.sources = {key: str(value) for key, value in (inputs or {}).items() if value is not None}
         self.watch = Stopwatch()
         self._best = _Best()
         self._state: dict[str, Stateful] = {"best": self._best}
@@ -116,6 +118,8 @@ class Loop:
                     self.run.save(step, self._state, best=self._is_best())
             self.save_model()
             self.run.finish(self._before, self.evaluate())
+            if ranks.is_main():
+                write_model_cards(self.folder, self.sources)
 
     def skipping_faults(self, step: int) -> AbstractContextManager[None]:
         """Skip this step if something in it is not finite: up to --skip-faults steps, then stop the run.

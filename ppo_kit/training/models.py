@@ -122,6 +122,18 @@ def inputs_of(policy: Any, rewards: Mapping[str, tuple[Any, float]], prompts: An
     }
 
 
+def described(policy: Any, rewards: Mapping[str, tuple[Any, float]], prompts: Any) -> dict[str, str]:
+    """What a run is made of, in words for the model card."""
+    base = policy if isinstance(policy, str) else f"a {type(policy).__name__} given in Python"
+    scores = []
+    for name, (source, weight) in rewards.items():
+        target = source.target if isinstance(source, RewardSpec) else "given in Python"
+        scores.append(f"{name} ({target}), weight {weight:g}")
+    listed = prompts if isinstance(prompts, str | Path) else f"{len(prompts or ())} given in Python"
+    from_sandbox = "the sandbox's" if prompts is None and policy == "sandbox" else str(listed)
+    return {"policy": base, "rewards": "; ".join(scores), "prompts": from_sandbox}
+
+
 def reward_models(rewards: Mapping[str, tuple[Any, float]]) -> dict[str, str]:
     """{name of a reward that is a model of the user's own: its folder or Hub id}."""
     return {

@@ -26,7 +26,14 @@ from ppo_kit.sandbox import sandbox_gold
 from ppo_kit.sandbox.build import sandbox_models
 from ppo_kit.training.evaluation import held_out_metrics, unscored
 from ppo_kit.training.loop import Loop
-from ppo_kit.training.models import RewardSources, inputs_of, load_models, log_memory, reward_sources
+from ppo_kit.training.models import (
+    RewardSources,
+    described,
+    inputs_of,
+    load_models,
+    log_memory,
+    reward_sources,
+)
 from ppo_kit.training.prompts import load_run_prompts, load_text
 from ppo_kit.training.sampler import Sampler, gathered
 from ppo_kit.training.scoring import InMicroBatches
@@ -92,6 +99,7 @@ class Session(Loop):
             raise ValueError("tokenizer: policy is a model, which needs its tokenizer beside it")
         self.in_sandbox = policy == "sandbox"
         super().__init__(cfg, name, inputs=inputs_of(policy, sources, prompts))
+        self.sources = described(policy, sources, prompts)
         self._shapings: list[Shaping] = []
         self._collapse = CollapseWatch()
         self.keep("collapse", self._collapse)

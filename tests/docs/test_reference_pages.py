@@ -20,9 +20,18 @@ pytest.importorskip("sphinx", reason="the site's packages are not installed: pip
 
 @pytest.fixture(scope="module")
 def pages():
+    return imported("reference_pages")
+
+
+@pytest.fixture(scope="module")
+def extension():
+    return imported("docstrings")
+
+
+def imported(name: str):
     sys.path.insert(0, str(EXTENSIONS))
     try:
-        yield importlib.import_module("reference_pages")
+        return importlib.import_module(name)
     finally:
         sys.path.remove(str(EXTENSIONS))
 
@@ -35,7 +44,8 @@ def test_every_package_with_public_names_has_a_page(pages):
 
 def test_the_index_names_every_page_of_the_reference(pages):
     index = (EXTENSIONS.parent / "index.md").read_text()
-    assert [name for name in [*pages.PACKAGES, "settings"] if f"\nreference/{name}\n" not in index] == []
+    assert "\nsettings/index\n" in index
+    assert [name for name in pages.PACKAGES if f"\nreference/{name}\n" not in index] == []
 
 
 def test_each_public_name_is_documented_once_and_has_a_docstring(pages):
@@ -60,6 +70,18 @@ def test_every_setting_has_a_row_with_its_default_and_meaning(pages):
     assert "| `gamma` | `1.0` | Discount γ (report: 1). |" in page
 
 
+def test_several_arguments_of_one_line_are_told_apart(extension):
+    lines = [
+        "Args:",
+        "    a, b: [B,T] nats. kind: one of",
+        "        two. Not: a name.",
+        "Returns:",
+        "    b: as it is.",
+    ]
+    read = ["Args:", "    a, b: [B,T] nats.", "    kind: one of", "        two. Not: a name."]
+    assert extension.one_argument_a_line(lines, {"a", "b", "kind"}) == [*read, *lines[3:]]
+
+
 @pytest.mark.parametrize(
     ("written", "read"),
     [
@@ -82,10 +104,5 @@ def test_every_setting_has_a_row_with_its_default_and_meaning(pages):
         ),
     ],
 )
-def test_prose_of_docstrings_is_what_sphinx_reads(written, read):
-    sys.path.insert(0, str(EXTENSIONS))
-    try:
-        docstrings = importlib.import_module("docstrings")
-    finally:
-        sys.path.remove(str(EXTENSIONS))
-    assert docstrings.rewrite(written) == read
+def test_prose_of_docstrings_is_what_sphinx_reads(extension, written, read):
+    assert extension.rewrite(written) == read

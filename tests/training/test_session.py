@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,11 @@ def test_a_notebook_trains_a_model_with_a_function_as_reward(brought, tmp_path):
     assert run.reference is not None
     assert all(torch.equal(value, before[key]) for key, value in run.reference.model.state_dict().items())
     AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "policy")
+    card = (tmp_path / "run" / "policy" / "README.md").read_text()
+    assert "| policy | a LlamaForCausalLM given in Python |" in card
+    assert "brevity (given in Python), weight 1" in card
+    assert "| `max_new_tokens` | 6 |" in card
+    assert re.search(r"\| `score` \| 0\.\d{3} \| 0\.\d{3} \|", card)
 
 
 def test_columns_of_the_data_reach_rewards_and_samples(brought, tmp_path):
