@@ -130,7 +130,7 @@ def policy_losses(cfg: ReportPPO) -> list[TensorDictModuleBase]:
         loss = ImportanceSampling(in_keys=["log_probs", "ref_log_probs", "advantages", "loss_mask"])
     elif not cfg.surrogate_clip:
         loss = ImportanceSampling()
-    bonus = [EntropyBonus(cfg.entropy_coef, region=cfg.entropy_region)] if cfg.entropy_coef else []
+    bonus = [EntropyBonus(cfg.entropy_coef, target=cfg.entropy_region)] if cfg.entropy_coef else []
     return [loss, *bonus]
 
 

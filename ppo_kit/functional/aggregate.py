@@ -18,6 +18,10 @@ from ppo_kit.functional.masked import masked_mean, masked_sum
 def token_mean(loss: Tensor, mask: Tensor, *, num_tokens: float | Tensor | None = None) -> Tensor:
     """Σ over valid tokens / num_tokens: each token weighs the same, long responses more.
 
+    PPO's default: every token counts the same, so a long response counts more than a short one. Where that
+    makes responses grow longer, or shorter, than the reward asks for, see ``sequence_mean`` and
+    ``constant_mean``.
+
     The loss of MOSS-RLHF, TRL's PPO and DAPO (Yu et al. 2025, arXiv 2503.14476, (12)); the first two divide
     by the tokens of each micro-batch, so that their gradients change with the split.
 
@@ -43,6 +47,10 @@ def token_mean(loss: Tensor, mask: Tensor, *, num_tokens: float | Tensor | None 
 def sequence_mean(loss: Tensor, mask: Tensor, *, num_sequences: float | Tensor | None = None) -> Tensor:
     """Σ over responses of (mean over its valid tokens) / num_sequences: each response weighs the same.
 
+    Use it when every response should count the same, whatever its length. The price is that a token of a long
+    response counts less than one of a short response: a long wrong answer is discouraged less per token, and
+    wrong answers can grow longer.
+
     The loss of GRPO (Shao et al. 2024, arXiv 2402.03300, (3)).
 
     Args:
@@ -66,6 +74,10 @@ def constant_mean(
     loss: Tensor, mask: Tensor, *, length: float, num_sequences: float | Tensor | None = None
 ) -> Tensor:
     """Σ over responses of (sum over its valid tokens / length) / num_sequences, ``length`` a constant.
+
+    Use it with one advantage per response (GRPO and its relatives) when neither long nor short responses
+    should be favoured: every token is divided by the same number. ``length`` scales the loss, so a change of
+    it acts like a change of the learning rate.
 
     The loss of Dr. GRPO (Liu et al. 2025, arXiv 2503.20783): no response's length enters its weight. TRL
     takes the longest response allowed for ``length``.

@@ -26,6 +26,10 @@ from ppo_kit.functional.masked import at_least_float32, zero_masked
 def leave_one_out(score: Tensor, group_id: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """A_i = s_i - mean of the other scores of its group (RLOO).
 
+    Subtracting a number that does not depend on the response itself leaves the policy gradient unbiased and
+    takes noise out of it. The other responses to the same prompt say how hard the prompt is, so no critic is
+    needed. Use it where sampling a few responses per prompt (2 to 8) is cheaper than training a critic.
+
     Ahmadian et al. 2024 (arXiv 2402.14740); Kool et al. 2019. In a group of one there is no other and
     the baseline is 0: A = s, still unbiased. TRL asks for equal groups laid out in order; here any ids do.
 
@@ -51,6 +55,11 @@ def group_normalize(
     score: Tensor, group_id: Tensor, *, scale: bool = True, eps: float = 1e-6, mask: Tensor | None = None
 ) -> Tensor:
     """A_i = (s_i - mean of its group) / (σ of its group + eps) (GRPO).
+
+    Like ``leave_one_out`` it compares responses to one prompt; the division puts all prompts on one scale,
+    whatever the reward's. Use it with rewards that are 0 or 1 and groups of 8 or more. Prompts that are
+    nearly always right, or nearly always wrong, have a small σ and therefore large advantages;
+    ``scale=False`` avoids that.
 
     ``scale=False`` leaves the denominator out (Dr. GRPO).
 
@@ -87,6 +96,9 @@ def optimal_baseline(
 ) -> Tensor:
     """A_i = s_i - Σ_j L_j·s_j / Σ_j L_j over its group, L the lengths of the responses (OPO).
 
+    A long response has a larger gradient, so its score should count more in the baseline. Use it in place of
+    ``leave_one_out`` where lengths differ a lot within a group.
+
     Hao et al. 2025 (arXiv 2505.23585): the baseline of least variance where gradients of tokens are
     uncorrelated. A group of one gives 0. MOSS-RLHF has a critic instead.
 
@@ -112,6 +124,9 @@ def optimal_baseline(
 
 def greedy_baseline(score: Tensor, greedy_score: Tensor) -> Tensor:
     """A_i = s_i - score of the greedy answer to the same prompt (ReMax).
+
+    The greedy answer shows what the policy would most likely have scored on this prompt. Use it where one
+    response per prompt is sampled and there is no critic: it costs one more response per prompt.
 
     Li et al. 2023 (arXiv 2310.10505). MOSS-RLHF has a critic instead.
 

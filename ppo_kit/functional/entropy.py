@@ -16,6 +16,10 @@ from ppo_kit.functional.policy import importance_sampling
 def entropy_loss(entropy: Tensor, *, target: float | None = None) -> Tensor:
     """-H_t, or |H_t - target| to hold the entropy near ``target``.
 
+    A policy that gets certain early stops trying other tokens, and cannot find better ones. The bonus pays it
+    to keep several tokens likely. Use it with a small weight (0.01) where ``entropy`` falls towards 0; with a
+    large one the text gets random. With ``target`` the push ends at the level you choose.
+
     Williams & Peng 1991; report, Figure 5 (entropy bonus) and Figure 16 (its clipped region |H - δ|). Both
     are taken per token, so that the loss does not depend on how a minibatch is split. A target above log V
     (10.4 nats for 32,000 tokens) is never reached, and the loss is then the plain bonus: so it is with the
@@ -43,6 +47,9 @@ def entropy_loss(entropy: Tensor, *, target: float | None = None) -> Tensor:
 
 def token_covariance(log_probs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
     """(log π(y_t) - mean log π)·(A_t - mean A), means over all valid tokens: how y_t moves the entropy.
+
+    A policy-gradient step changes the entropy by about minus the mean of this number, so it says which tokens
+    drive the entropy down. Use it to measure that, or to choose tokens as ``kl_cov`` does.
 
     Cui et al. 2025 (arXiv 2505.22617), the token-wise covariance of Clip-Cov and KL-Cov. A likely token with
     a high advantage lowers the entropy. A constant: no gradient flows. verl subtracts the same means.
@@ -76,6 +83,10 @@ def kl_cov(
     beta: float = 1.0,
 ) -> Tensor:
     """-ρ_t·A_t, plus β·|log π(y_t) - log π_old(y_t)| for the tokens of largest covariance (KL-Cov).
+
+    In long runs a few tokens cause most of the loss of entropy. Holding only those back keeps the policy
+    exploring while all others learn freely. Use it where entropy collapses under ``clipped_surrogate`` and a
+    bonus on every token makes the text worse.
 
     Those are the top ``fraction`` of the valid tokens of this call, at least one, by
     :func:`token_covariance`; what is selected so depends on the minibatch. Cui et al. 2025 (arXiv

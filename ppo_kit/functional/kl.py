@@ -35,6 +35,10 @@ def kl_estimate(
 ) -> Tensor:
     """Per-token estimate of KL(π, π_ref) for sampled tokens.
 
+    The KL says how far the policy has moved from the reference. Its exact value needs both models' whole
+    distributions at every token; an estimate needs only the two log-probabilities of the sampled token, which
+    a rollout has anyway. Use k1 as a penalty in the reward, k2 or k3_weighted as a loss.
+
     With d = log π - log π_ref: k1 = d; k2 = d²/2; k3 = e^{-d} - 1 + d; k3_weighted = ρ·k3, ρ = π / π_old.
 
     k1 to k3: J. Schulman, "Approximating KL divergence" (2020); all but k1 are never negative. k1 is the
@@ -106,6 +110,9 @@ def _weighted_k3(d: Tensor, log_ratio: Tensor) -> Tensor:
 
 def kl_exact(logits: Tensor, ref_logits: Tensor) -> Tensor:
     """KL(π, π_ref) = Σ_v π(v)·(log π(v) - log π_ref(v)), over the vocabulary in the last dimension.
+
+    No sampling noise, but both models' logits over the vocabulary have to be in memory. Use it to measure,
+    with small vocabularies, or to check an estimate.
 
     Cover & Thomas 2006, (2.26). A token that π excludes (logit -inf) adds 0; one that only the reference
     excludes makes the divergence infinite. MOSS-RLHF and TRL's PPO estimate it.

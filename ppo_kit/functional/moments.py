@@ -56,6 +56,10 @@ def moments_of(x: Tensor, mask: Tensor | None = None) -> Moments:
 def merge_moments(a: Moments, b: Moments) -> Moments:
     """Moments of the union of two samples.
 
+    Scores arrive one rollout at a time, and their mean and spread over the whole run are wanted. Two
+    summaries can be merged exactly, in any order and on any rank, without keeping the scores. The textbook
+    formula E[x²] - E[x]² would lose all digits where the mean is large.
+
     n = n_a + n_b; d = mean_b - mean_a; mean = mean_a + d·n_b/n; m2 = m2_a + m2_b + d²·n_a·n_b/n.
 
     Chan, Golub & LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979),

@@ -22,6 +22,10 @@ from ppo_kit.functional.masked import at_least_float32
 def policy_gradient(log_probs: Tensor, advantages: Tensor) -> Tensor:
     """-A_t·log π(y_t).
 
+    Makes tokens with a positive advantage likelier and the others rarer. Use it where each rollout gives
+    exactly one optimizer step. For more steps on one rollout the data is no longer the policy's own: use
+    ``clipped_surrogate``.
+
     Williams 1992; report, section 3.2. RLOO, ReMax and REINFORCE++ in their on-policy form are this loss with
     other advantages.
 
@@ -42,6 +46,10 @@ def policy_gradient(log_probs: Tensor, advantages: Tensor) -> Tensor:
 
 def importance_sampling(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor) -> Tensor:
     """-ρ_t·A_t, ρ_t = π(y_t) / π_old(y_t): the surrogate without a clip.
+
+    The ratio corrects for tokens that an earlier policy sampled, without bias. But a few large ratios can
+    dominate the gradient, and nothing holds the policy back. Use it to see what the clip does, or with the
+    reference's log-probabilities as a fixed behaviour policy.
 
     Schulman et al. 2017 (arXiv 1707.06347), (6); report, Figure 5 (importance sampling). The report's
     infinite buffer is this with the reference model's log-probabilities in place of the old ones. MOSS-RLHF
@@ -74,6 +82,10 @@ def clipped_surrogate(
     dual_clip: float | None = None,
 ) -> Tensor:
     """-min(ρ_t·A_t, clip(ρ_t, 1 - clip_low, 1 + clip_high)·A_t), ρ_t = π(y_t) / π_old(y_t).
+
+    Taking several optimizer steps on one rollout saves sampling, but the ratio is a good guide only near 1.
+    The clip takes away a token's gradient once its probability has moved by the allowed share in the wanted
+    direction; a token that moved the other way can still come back. The default policy loss.
 
     Schulman et al. 2017 (arXiv 1707.06347), (7); report (15). ``clip_high > clip_low`` is DAPO's clip-higher
     (Yu et al. 2025, arXiv 2503.14476, (10)). ``dual_clip`` = c bounds the loss of negative advantages by
@@ -108,6 +120,10 @@ def kl_penalized_surrogate(
 ) -> Tensor:
     """-ρ_t·A_t + β·KL_t, ρ_t = π(y_t) / π_old(y_t) (PPO-penalty).
 
+    Keeps the new policy near the old one by a price instead of a stop: every token is held back in proportion
+    to β, and none loses its gradient. Use it where many tokens sit in the clipped region and learn nothing. β
+    has to be found for each problem.
+
     Schulman et al. 2017 (arXiv 1707.06347), (8); report (14). The divergence is KL(π_old, π) there; pass the
     per-token estimate or exact value of your choice, with its gradient. MOSS-RLHF has only the clip.
 
@@ -132,6 +148,10 @@ def cispo(
     log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float
 ) -> Tensor:
     """-sg[clip(ρ_t, 1 - clip_low, 1 + clip_high)]·A_t·log π(y_t), ρ_t = π(y_t) / π_old(y_t) (CISPO).
+
+    The clip of PPO takes the gradient from the tokens that moved most. In reasoning these are often rare
+    words at which an answer turns ("however", "wait"). Here they keep their gradient, with a bounded weight.
+    Use it for long responses and several optimizer steps per rollout.
 
     The weight is clipped, the gradient of no token is dropped. MiniMax-M1 (arXiv 2506.13585), (4), (5); its
     authors leave the lower side open (``clip_low=1``). TRL has it; MOSS-RLHF does not.
@@ -159,6 +179,10 @@ def truncated_importance_weights(
     old_log_probs: Tensor, sampler_log_probs: Tensor, *, cap: float = 2.0
 ) -> Tensor:
     """w_t = min(π_old(y_t) / π_sampler(y_t), cap), a constant to multiply any per-token policy loss with.
+
+    An inference engine computes other probabilities than the model that is trained, by rounding and other
+    kernels, and so samples from a slightly different policy. The weights correct for it; the cap bounds the
+    noise that they bring. Use it where sampling and training run in different engines.
 
     For an inference engine whose probabilities differ from those of the model that is trained. Yao et al.
     2025, "Your efficient RL framework secretly brings you off-policy RL training" (truncated importance

@@ -12,6 +12,9 @@ from ppo_kit.functional.masked import at_least_float32, masked_mean
 def pairwise_loss(chosen: Tensor, rejected: Tensor, *, margin: Tensor | None = None) -> Tensor:
     """-log σ(r_w - r_l - margin), r_w and r_l the scores of the preferred and the rejected answer.
 
+    People compare two answers more reliably than they grade one. The Bradley-Terry model turns comparisons
+    into scores: the difference of two scores is the log-odds that the first is preferred.
+
     Bradley & Terry 1952; report (1); the margin is Llama 2's (Touvron et al. 2023, arXiv 2307.09288, (2)).
     Written as softplus, it stays finite for any difference; MOSS-RLHF adds an epsilon inside the logarithm.
 
@@ -43,6 +46,10 @@ def reward_model_loss(
     margin: Tensor | None = None,
 ) -> Tensor:
     """pairwise_loss - lm_weight·(mean over the preferred answer's tokens of log r'(y_t)).
+
+    The language-model term keeps the backbone a language model of good answers while it learns to rank, so
+    that what it knows of text is not lost to a few thousand comparisons. It costs the preferred answers'
+    logits.
 
     Report (2), where lm_weight is β_rm (1 in the report) and r' the language-model head of the reward model.
     The equation has the log-probability of the whole answer; the mean over its tokens is what MOSS-RLHF's

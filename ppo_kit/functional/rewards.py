@@ -12,6 +12,9 @@ from ppo_kit.functional.masked import last_valid, zero_masked
 def place_score(score: Tensor, mask: Tensor) -> Tensor:
     """r_t = score where t is the last valid token, 0 elsewhere; an empty response gets nothing.
 
+    A reward model judges a whole response, and PPO pays tokens. The last token is the first at which the
+    response is complete; GAE spreads the credit from there.
+
     With holes in the mask (tokens that are no actions) it is the last action.
 
     The r(x,y_i) of the report's (19). MOSS-RLHF, OpenRLHF and DeepSpeed-Chat place it so; TRL and torchtune
@@ -39,6 +42,9 @@ def place_score(score: Tensor, mask: Tensor) -> Tensor:
 def length_penalty(mask: Tensor, *, per_token: float, free: int = 0) -> Tensor:
     """-per_token·max(0, L - free), L the response's valid tokens: add it to the score.
 
+    Reward models often prefer long answers. A price per token takes that preference away; too high a price
+    makes answers short and empty.
+
     The linear cost of length (Singhal et al. 2023, arXiv 2310.03716, study it as a reward). MOSS-RLHF and
     TRL's PPO do not have it.
 
@@ -60,6 +66,10 @@ def length_penalty(mask: Tensor, *, per_token: float, free: int = 0) -> Tensor:
 def overlong_penalty(mask: Tensor, *, max_length: int, buffer: int) -> Tensor:
     """0 up to max_length - buffer tokens, then a straight line down to -1 at max_length, and -1 beyond.
 
+    A response cut by the limit has lost its answer, and punishing it suddenly says nothing about where it
+    went wrong. The ramp makes the price grow over the last tokens before the limit. Use it where truncated
+    responses are frequent.
+
     Yu et al. 2025 (arXiv 2503.14476, DAPO), (13): add it to the score. TRL has it as the reward
     function ``get_soft_overlong_punishment``.
 
@@ -80,6 +90,9 @@ def overlong_penalty(mask: Tensor, *, max_length: int, buffer: int) -> Tensor:
 
 def missing_end_penalty(truncated: Tensor, *, penalty: float = 1.0) -> Tensor:
     """-penalty for a response without an end-of-sequence token, 0 for the others: add it to the score.
+
+    A policy that never ends its response can still score high on what it wrote. A constant off the score
+    teaches it to end. Use it where ``truncated_fraction`` rises.
 
     TRL's ``missing_eos_penalty``; MOSS-RLHF has none.
 

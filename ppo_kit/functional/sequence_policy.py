@@ -25,6 +25,10 @@ def sequence_clipped_surrogate(
 ) -> Tensor:
     """-min(s_t·A_t, clip(s_t, 1 - clip_low, 1 + clip_high)·A_t) with the ratio of the whole response (GSPO).
 
+    The reward judges a whole response, and so does this ratio: the geometric mean of the token ratios, which
+    has much less noise than a single one. A response is clipped as a whole. Use it for long responses and
+    mixtures of experts, whose token ratios jump when the routing changes. Its clip is far smaller than PPO's.
+
     s = exp(mean over valid t of log π(y_t) - log π_old(y_t)), the same number for every token; the gradient
     of s_t = sg[s]·π(y_t)/sg[π(y_t)] reaches token t only. Zheng et al. 2025 (arXiv 2507.18071), (13), (14);
     where a response has one advantage and ``sequence_mean`` aggregates, value and gradient are those of their
@@ -60,6 +64,9 @@ def gmpo(
     log_clip_high: float = 0.4,
 ) -> Tensor:
     """-A_t·exp(mean over valid t of ℓ_t): the geometric mean of token ratios, each clipped first (GMPO).
+
+    A mean of token terms is dominated by a few large ratios; a geometric mean is not. Use it where
+    ``clipped_surrogate`` is unstable on long responses and a clip per whole response is too coarse.
 
     ℓ_t = min(log ρ_t, log_clip_high) where A_t > 0 and max(log ρ_t, -log_clip_low) elsewhere. Zhao et al.
     2025 (arXiv 2507.20673), whose bounds (e^-0.4, e^0.4) are the defaults. Laid out per token as in

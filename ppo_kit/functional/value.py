@@ -17,6 +17,8 @@ from ppo_kit.functional.masked import at_least_float32
 def squared_value_loss(values: Tensor, returns: Tensor) -> Tensor:
     """½·(V_t - R_t)².
 
+    The critic learns the mean of the returns. Start with it.
+
     Report (16), which writes no ½; MOSS-RLHF and TRL carry it in code, and so the coefficient of the value
     loss means the same here.
 
@@ -36,6 +38,11 @@ def squared_value_loss(values: Tensor, returns: Tensor) -> Tensor:
 
 def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float = 0.2) -> Tensor:
     """½·max((V_t - R_t)², (clip(V_t, V_old - clip, V_old + clip) - R_t)²).
+
+    Keeps the critic from moving more than ``clip`` per rollout in the direction of its error, so one odd
+    batch cannot spoil the next advantages. Use it where the value loss has spikes; where returns are large
+    against ``clip`` it slows the critic down. The report finds that it conflicts with normalizing the
+    advantages.
 
     Report, Figure 5 (value loss clipping); the form of OpenAI baselines' PPO2, of MOSS-RLHF and of TRL.
 
@@ -63,6 +70,9 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, c
 
 def huber_value_loss(values: Tensor, returns: Tensor, *, delta: float = 1.0) -> Tensor:
     """½·e² where |e| ≤ delta, else delta·(|e| - ½·delta), e = V_t - R_t.
+
+    A squared error lets one return that is far off decide the gradient. Here its pull is bounded by δ. Use it
+    where scores have rare extreme values that you do not want to clip.
 
     Huber 1964; Mnih et al. 2015 for values. MOSS-RLHF and TRL's PPO do not have it.
 

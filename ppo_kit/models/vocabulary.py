@@ -1,4 +1,4 @@
-"""Do tokenizer and model, or two tokenizers, speak of the same tokens? Both sizes are in every refusal."""
+"""Checks that a tokenizer fits a model's embeddings, and that two tokenizers have the same vocabulary."""
 
 from __future__ import annotations
 

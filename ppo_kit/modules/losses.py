@@ -16,6 +16,7 @@ from ppo_kit.functional.kl import kl_estimate
 from ppo_kit.functional.policy import clipped_surrogate
 from ppo_kit.functional.value import clipped_value_loss, huber_value_loss, squared_value_loss
 from ppo_kit.modules.objective import AggregateKeys, BatchLoss, LossKeys
+from ppo_kit.modules.renamed import renamed
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -49,7 +50,7 @@ class ClippedSurrogate(BatchLoss):
     tokens: ratio, clip_fraction (where the clip stops the gradient), approx_kl (k3 of KL(π_old, π), nats).
 
     Args:
-        clip: ε, the lower side; and the upper one unless ``clip_high`` is given (DAPO's clip-higher).
+        clip: ε, for both sides. clip_high: another ε for the upper side (DAPO's clip-higher).
         dual_clip: for A < 0 the loss is held at dual_clip · |A| (Ye et al. 2020), above 1.
         weight, aggregate: see ``BatchLoss``.
 
@@ -166,36 +167,37 @@ class HuberValueLoss(BatchLoss):
 
 
 class EntropyBonus(BatchLoss):
-    """L = −weight · mean H_t; with a region δ, L = weight · mean |H_t − δ| (report, detail 3, Figure 16).
+    """L = −weight · mean H_t; with a target δ, L = weight · mean |H_t − δ| (report, detail 3, Figure 16).
 
-    Below δ both push the entropy up; above it the region pushes it back down. MOSS-RLHF's default of δ = 35
+    Below δ both push the entropy up; above it the target pulls it back down. MOSS-RLHF's default of δ = 35
     is above the log of any vocabulary (ln 32,000 = 10.4), so there it never does.
 
     Keys: entropy, loss_mask, both [B,T] -> loss_entropy.
 
     Args:
-        weight: 0.01 in the report. region: δ in nats.
+        weight: 0.01 in the report. target: δ in nats.
 
     >>> from tensordict import TensorDict
     >>> batch = TensorDict({"entropy": torch.full((1, 1), 2.0),
     ...                     "response_mask": torch.ones(1, 1, dtype=torch.bool)}, [1])
-    >>> [float(bonus(batch)["loss_entropy"]) for bonus in (EntropyBonus(0.5), EntropyBonus(0.5, region=5))]
+    >>> [float(bonus(batch)["loss_entropy"]) for bonus in (EntropyBonus(0.5), EntropyBonus(0.5, target=5))]
     [-1.0, 1.5]
     """
 
     IN, OUT = ("entropy", "loss_mask"), ("loss_entropy",)
 
+    @renamed(region="target")
     def __init__(
         self,
         weight: float,
-        region: float | None = None,
+        target: float | None = None,
         **loss: Unpack[AggregateKeys],
     ) -> None:
         super().__init__(weight=weight, **loss)
-        self.region = None if region is None else in_range("region", region, owner=self)
+        self.target = None if target is None else in_range("target", target, owner=self)
 
     def compute(self, entropy: Tensor, mask: Tensor) -> Tensor:
-        return entropy_loss(entropy, target=self.region)
+        return entropy_loss(entropy, target=self.target)
 
 
 class LanguageModelLoss(BatchLoss):

@@ -27,6 +27,7 @@ from ppo_kit.functional.sequence_policy import gmpo, sequence_clipped_surrogate
 from ppo_kit.modules.base import BatchModule, Keys
 from ppo_kit.modules.losses import ratio_diagnostics
 from ppo_kit.modules.objective import BatchLoss, LossKeys
+from ppo_kit.modules.renamed import renamed
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -129,19 +130,21 @@ class KLCov(RatioLoss):
 
 
 class ClippedRatioLoss(BatchLoss):
-    """Base of the losses that clip the ratio: ``clip`` below, ``clip_high`` above (``clip`` if not given)."""
+    """Base of the losses that clip the ratio to [1 − clip_low, 1 + clip_high]."""
 
     IN = ("log_probs", "old_log_probs", "advantages", "loss_mask")
     OUT = ("loss_policy", "ratio", "clip_fraction", "approx_kl")
 
-    def __init__(self, clip: float, clip_high: float, **loss: Unpack[LossKeys]) -> None:
+    def __init__(self, clip_low: float, clip_high: float, **loss: Unpack[LossKeys]) -> None:
         super().__init__(**loss)
-        self.clip_low = in_range("clip", clip, 0.0, 1.0, owner=self)
+        self.clip_low = in_range("clip_low", clip_low, 0.0, 1.0, owner=self)
         self.clip_high = in_range("clip_high", clip_high, infinite=True, owner=self)
 
 
 class CISPO(ClippedRatioLoss):
-    """L = −sg[clip(ρ_t, 1 − clip, 1 + clip_high)] A_t log π(t) (MiniMax-M1 2025, Eq. 4): no token is dropped.
+    """L = −sg[clip(ρ_t, 1 − clip_low, 1 + clip_high)] A_t log π(t) (MiniMax-M1 2025, Eq. 4).
+
+    The clip bounds the weight of a token and takes no token's gradient away.
 
     clip_fraction counts tokens whose weight was clipped, for either sign of A.
 
@@ -154,8 +157,9 @@ class CISPO(ClippedRatioLoss):
     (1.2, 1.0)
     """
 
-    def __init__(self, *, clip: float = 1.0, clip_high: float = 0.2, **loss: Unpack[LossKeys]) -> None:
-        super().__init__(clip, clip_high, **loss)
+    @renamed(clip="clip_low")
+    def __init__(self, *, clip_low: float = 1.0, clip_high: float = 0.2, **loss: Unpack[LossKeys]) -> None:
+        super().__init__(clip_low, clip_high, **loss)
 
     def compute(self, log_probs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
         loss = cispo(log_probs, old, advantages, clip_low=self.clip_low, clip_high=self.clip_high)
@@ -165,7 +169,7 @@ class CISPO(ClippedRatioLoss):
 
 
 class GSPO(ClippedRatioLoss):
-    """L = −min(s A, clip(s, 1 − clip, 1 + clip_high) A), s the geometric mean of a response's ratios.
+    """L = −min(s A, clip(s, 1 − clip_low, 1 + clip_high) A), s the geometric mean of a response's ratios.
 
     Zheng et al. 2025, Eq. 5; with an advantage per token its Eq. 13. ratio is s, clip_fraction counts tokens
     of responses where the clip binds. Averages over sequences unless ``aggregate`` says otherwise.
@@ -180,8 +184,9 @@ class GSPO(ClippedRatioLoss):
 
     AGGREGATE = "sequence_mean"
 
-    def __init__(self, *, clip: float = 3e-4, clip_high: float = 4e-4, **loss: Unpack[LossKeys]) -> None:
-        super().__init__(clip, clip_high, **loss)
+    @renamed(clip="clip_low")
+    def __init__(self, *, clip_low: float = 3e-4, clip_high: float = 4e-4, **loss: Unpack[LossKeys]) -> None:
+        super().__init__(clip_low, clip_high, **loss)
 
     def compute(self, log_probs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
         loss = sequence_clipped_surrogate(
@@ -196,15 +201,15 @@ class GSPO(ClippedRatioLoss):
 
 
 class GMPO(BatchLoss):
-    """L = −A exp(mean_t of log ρ_t, each clipped to [−log_clip, log_clip_high] on the side that binds).
+    """L = −A exp(mean_t of log ρ_t, each clipped to [−log_clip_low, log_clip_high] on the side that binds).
 
     The geometric mean of the ratios, clipped per token (Zhao et al. 2025). Averages over sequences unless
     ``aggregate`` says otherwise.
 
     Args:
-        log_clip, log_clip_high: nats, 0 or more.
+        log_clip_low, log_clip_high: nats, 0 or more.
 
-    >>> GMPO(log_clip=0.4).out_keys
+    >>> GMPO(log_clip_low=0.4).out_keys
     ['loss_policy', 'ratio', 'clip_fraction', 'approx_kl']
     """
 
@@ -212,18 +217,19 @@ class GMPO(BatchLoss):
     OUT = ("loss_policy", "ratio", "clip_fraction", "approx_kl")
     AGGREGATE = "sequence_mean"
 
+    @renamed(log_clip="log_clip_low")
     def __init__(
-        self, *, log_clip: float = 0.4, log_clip_high: float = 0.4, **loss: Unpack[LossKeys]
+        self, *, log_clip_low: float = 0.4, log_clip_high: float = 0.4, **loss: Unpack[LossKeys]
     ) -> None:
         super().__init__(**loss)
-        self.log_clip = in_range("log_clip", log_clip, owner=self)
+        self.log_clip_low = in_range("log_clip_low", log_clip_low, owner=self)
         self.log_clip_high = in_range("log_clip_high", log_clip_high, owner=self)
 
     def compute(self, log_probs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
         loss = gmpo(
-            log_probs, old, advantages, mask, log_clip_low=self.log_clip, log_clip_high=self.log_clip_high
+            log_probs, old, advantages, mask, log_clip_low=self.log_clip_low, log_clip_high=self.log_clip_high
         )
-        low, high = 1 - math.exp(-self.log_clip), math.exp(self.log_clip_high) - 1
+        low, high = 1 - math.exp(-self.log_clip_low), math.exp(self.log_clip_high) - 1
         return loss, *ratio_diagnostics(log_probs, old, advantages, low, high)
 
 

@@ -133,7 +133,7 @@ def test_cispo():
         weight = min(max(ratio, 0.9), 1.1)
         return -weight * advantage * lp, ratio, float(weight != ratio), k3(lp - old)
 
-    check(CISPO(clip=0.1, clip_high=0.1), equation)
+    check(CISPO(clip_low=0.1, clip_high=0.1), equation)
 
 
 def test_gspo_has_one_ratio_a_response():
@@ -145,8 +145,8 @@ def test_gspo_has_one_ratio_a_response():
             tokens.append((loss, s, float((a > 0 and s > 1.1) or (a < 0 and s < 0.95)), k3(lp - old)))
         return tokens
 
-    check(GSPO(clip=0.05, clip_high=0.1), equation, sequence_mean, sequences=True)
-    check(GSPO(clip=0.05, clip_high=0.1, aggregate="token_mean"), equation, token_mean, sequences=True)
+    check(GSPO(clip_low=0.05, clip_high=0.1), equation, sequence_mean, sequences=True)
+    check(GSPO(clip_low=0.05, clip_high=0.1, aggregate="token_mean"), equation, token_mean, sequences=True)
 
 
 def test_gmpo_is_a_geometric_mean():
@@ -166,7 +166,7 @@ def test_gmpo_is_a_geometric_mean():
             for lp, old, a in zip(lps, olds, advantages, strict=True)
         ]
 
-    check(GMPO(log_clip=0.2, log_clip_high=0.1), equation, sequence_mean, sequences=True)
+    check(GMPO(log_clip_low=0.2, log_clip_high=0.1), equation, sequence_mean, sequences=True)
 
 
 def test_kl_cov_penalizes_the_tokens_that_push_the_entropy_down():

@@ -41,7 +41,7 @@ def without(values, *allowed):
 
 EVERY = {"in_keys": KEYS, "out_keys": KEYS}
 LOSS = EVERY | {"weight": NOT_NEGATIVE, "aggregate": ["mean", 3]}
-CLIP = {"clip": UNIT, "clip_high": OPEN_ABOVE}
+CLIP = {"clip_low": UNIT, "clip_high": OPEN_ABOVE}
 BAD = {
     "GAE": EVERY | {
         "gamma": UNIT, "lam": UNIT, "critic_lam": without(UNIT, None), "bootstrap": FLAG,
@@ -70,13 +70,13 @@ BAD = {
     },
     "Clip": EVERY | {"delta": POSITIVE, "key": [3, None]},
     "TruncatedImportance": EVERY | {"cap": POSITIVE},
-    "ClippedSurrogate": LOSS | CLIP | {
-        "clip_high": without(OPEN_ABOVE, None), "dual_clip": without([*OPEN_ABOVE, 1.0], None),
+    "ClippedSurrogate": LOSS | {
+        "clip": UNIT, "clip_high": without(OPEN_ABOVE, None), "dual_clip": without([*OPEN_ABOVE, 1.0], None),
     },
     "SquaredValueLoss": LOSS,
     "ClippedValueLoss": LOSS | {"clip": POSITIVE},
     "HuberValueLoss": LOSS | {"delta": POSITIVE},
-    "EntropyBonus": LOSS | {"region": without(NOT_NEGATIVE, None)},
+    "EntropyBonus": LOSS | {"target": without(NOT_NEGATIVE, None)},
     "LanguageModelLoss": LOSS,
     "KLLoss": LOSS | {"kind": ["k1", "k4", None], "cap": without(POSITIVE, None)},
     "PolicyGradient": LOSS,
@@ -85,7 +85,7 @@ BAD = {
     "KLCov": LOSS | {"fraction": [*UNIT, 0], "beta": NOT_NEGATIVE},
     "CISPO": LOSS | CLIP,
     "GSPO": LOSS | CLIP,
-    "GMPO": LOSS | {"log_clip": OPEN_ABOVE, "log_clip_high": OPEN_ABOVE},
+    "GMPO": LOSS | {"log_clip_low": OPEN_ABOVE, "log_clip_high": OPEN_ABOVE},
     "PairwiseLoss": EVERY | {"lm_weight": NOT_NEGATIVE, "margin": NOT_NEGATIVE},
     "FixedKL": {"coef": NOT_NEGATIVE},
     "AdaptiveKL": {"init": POSITIVE, "target": POSITIVE, "horizon": POSITIVE},
@@ -137,6 +137,23 @@ def test_what_is_out_of_range_is_refused_by_name(kind, argument):
         named = "in_keys" if argument == "key" else "weight" if argument == "weights" else argument
         with pytest.raises(ValueError, match=f"^{kind}: {named}"):
             make(**GOOD.get(kind, {}) | {argument: bad})
+
+
+@pytest.mark.parametrize(
+    ("kind", "old", "new", "value"),
+    [
+        ("EntropyBonus", "region", "target", 2.0),
+        ("GSPO", "clip", "clip_low", 0.1),
+        ("CISPO", "clip", "clip_low", 0.1),
+        ("GMPO", "log_clip", "log_clip_low", 0.1),
+    ],
+)
+def test_an_old_name_is_taken_for_a_release_with_a_warning(kind, old, new, value):
+    make, good = getattr(modules, kind), GOOD.get(kind, {})
+    with pytest.warns(DeprecationWarning, match=f"^{kind}: {old} is called {new} now"):
+        assert getattr(make(**good, **{old: value}), new) == value
+    with pytest.raises(TypeError, match=f"got both {old} and {new}"):
+        make(**good, **{old: value, new: value})
 
 
 @pytest.mark.parametrize(
