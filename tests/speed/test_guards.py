@@ -47,7 +47,7 @@ def ragged(recipe: Callable, tmp_path_factory: pytest.TempPathFactory) -> Profil
     return read_trace(recorder, best_rate=1.0)
 
 
-@pytest.mark.parametrize("part", ["score", "train"])
+@pytest.mark.parametrize("part", ["rollout", "score", "train"])
 def test_little_of_what_the_models_read_is_padding(ragged, part):
     """A rectangle of the longest row would be 40 % padding."""
     assert ragged.part(part).padding < 0.2
