@@ -36,13 +36,13 @@ class RewardModelling(SupervisedSettings):
     max_tokens_per_batch: int = 0
     """Instead of --batch-size pairs, 4 to 128 pairs of like length that fit so many tokens, padding and both
     answers included (report: batches balanced by tokens); 0 is off."""
-    steps: int = 250
+    steps: int = 150
     """Optimizer steps (report: 1,000)."""
     batch_size: int = 32
     """Pairs per optimizer step, over all ranks."""
     held_out: int = 300
     """Pairs to evaluate on, whose prompts are not trained on; of --held-out-pairs, at most so many."""
-    lr: float = 5e-4
+    lr: float = 1e-3
     """Peak learning rate (report: 5e-6)."""
     eval_every: int = 50
     """Steps between evaluations on held-out pairs; 0 evaluates before and after alone."""

@@ -26,9 +26,9 @@ class SFT(SupervisedSettings):
     """Dialogues as .jsonl[.gz] (docs/data.md); needed unless the base is the sandbox's."""
     steps: int = 200
     """Optimizer steps."""
-    batch_size: int = 64
+    batch_size: int = 32
     """Dialogues per optimizer step, over all ranks."""
-    lr: float = 2e-3
+    lr: float = 6e-3
     """Peak learning rate."""
     size: int = 2000
     """Demonstrations drawn in the sandbox."""

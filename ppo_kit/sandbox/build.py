@@ -33,12 +33,12 @@ from ppo_kit.sandbox.tokenizer import sandbox_tokenizer
 class PolicySize:
     """How the SFT policy is made: its model, its text, its steps. A test shrinks them."""
 
-    hidden_size: int = 128
-    layers: int = 3
+    hidden_size: int = 64
+    layers: int = 2
     demonstrations: int = 2000
     steps: int = 200
-    batch_size: int = 64
-    lr: float = 2e-3
+    batch_size: int = 32
+    lr: float = 6e-3
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class RewardSize:
 
     pairs: int = 4000
     judge_temperature: float = 1.2
-    steps: int = 250
+    steps: int = 150
     batch_size: int = 32
-    lr: float = 5e-4
+    lr: float = 1e-3
 
 
 def sandbox_models(
@@ -61,7 +61,7 @@ def sandbox_models(
 ) -> dict[str, str]:
     """The folders ``{"policy": ..., "reward": ...}`` of a seed, built where they are missing or ``fresh``.
 
-    About four minutes on one core the first time. All ranks call it; the first of each machine builds.
+    About 20 seconds on one core the first time. All ranks call it; the first of each machine builds.
     """
     with ranks.first_on_node() as first:
         fresh = fresh and first

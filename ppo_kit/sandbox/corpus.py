@@ -20,14 +20,20 @@ MAX_NEW_TOKENS = 48
 
 
 def sandbox_config(tokenizer: PreTrainedTokenizerBase, *, hidden_size: int, layers: int) -> LlamaConfig:
-    """A small Llama for the sandbox's vocabulary."""
+    """A small Llama for the sandbox's vocabulary.
+
+    Its weights start larger than transformers' 0.02, from which a narrow model learns slowly: after 200
+    steps at the same learning rate, perplexity of its own answers 3 and not 1.5.
+    """
+    heads = max(1, hidden_size // 32)
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
         intermediate_size=2 * hidden_size,
         num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        initializer_range=0.1,
         max_position_embeddings=2 * (MAX_PROMPT_TOKENS + MAX_NEW_TOKENS),
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,

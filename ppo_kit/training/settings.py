@@ -119,7 +119,7 @@ class SamplingSettings:
 class OptimizerSettings:
     """The optimizer."""
 
-    lr: float = 3e-4
+    lr: float = 2e-3
     """Peak learning rate of the policy (report: 5e-7, for 7B parameters)."""
     warmup: float = 0.1
     """Share of all optimizer steps that the learning rates rise over (report: 0.1)."""
@@ -184,7 +184,7 @@ class RLSettings(UpdateSettings, SamplingSettings, DataSettings, ModelSettings, 
 class PPOSettings(RLSettings):
     """PPO: the clipped surrogate, and a critic for the advantages."""
 
-    critic_lr: float = 5e-4
+    critic_lr: float = 2e-3
     """Peak learning rate of the critic (report: 1.65e-6; released script: 1.5e-6)."""
     gamma: float = 1.0
     """Discount γ (report: 1)."""
