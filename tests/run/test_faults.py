@@ -52,6 +52,7 @@ def user(save_sandbox_models, tmp_path_factory: pytest.TempPathFactory) -> dict[
         "max_new_tokens": 5,
         "held_out": 2,
         "critic_pretrain_steps": 0,
+        "inspect": 0,
         "steps": 3,
     }
 
