@@ -16,7 +16,6 @@ from ppo_kit.cli import run_recipe
 from ppo_kit.modules import (
     GAE,
     ClippedSurrogate,
-    Objective,
     PlaceScore,
     SquaredValueLoss,
     minibatches,
@@ -36,7 +35,7 @@ def main(cfg: VanillaPPO) -> int:
     run = Session(cfg, "vanilla_ppo")
     policy, critic, engine = run.policy, run.critic, run.engine
     shape = run.shaping(PlaceScore(), GAE(cfg.gamma, cfg.lam))
-    losses = Objective(ClippedSurrogate(clip=cfg.clip), SquaredValueLoss())
+    policy_loss, value_loss = ClippedSurrogate(clip=cfg.clip), SquaredValueLoss()
     policy_opt = run.optimizer("policy", policy, cfg.lr, steps=run.optimizer_steps(cfg.steps))
     critic_opt = run.optimizer("critic", critic, cfg.critic_lr, steps=run.optimizer_steps(cfg.steps))
     order = run.generator("minibatches")
@@ -51,12 +50,16 @@ def main(cfg: VanillaPPO) -> int:
                 cut = minibatches(batch, cfg.minibatch_size, epochs=cfg.epochs, generator=order)
                 for index, minibatch in enumerate(cut):
                     for piece in engine.micro_batches(minibatch, cfg.micro_batch_size):
-                        piece = check_finite(critic(policy(piece)))  # log_probs, entropy, values
+                        piece = check_finite(policy(piece))  # log_probs, entropy
                         if index == 0:
                             check_first_ratio(piece, tolerance=cfg.ratio_tolerance)
-                        out = check_finite(losses(piece), of=piece)  # loss_policy, loss_value, diagnostics
+                        out = check_finite(policy_loss(piece), of=piece)  # loss_policy, diagnostics
+                        engine.backward(total_loss(out))  # the policy's activations are gone after it
+                        averages.add_shares(out, piece, of=policy_loss)
+                        piece = check_finite(critic(piece))  # values
+                        out = check_finite(value_loss(piece), of=piece)  # loss_value
                         engine.backward(total_loss(out))
-                        averages.add_shares(out, piece, of=losses)
+                        averages.add_shares(out, piece, of=value_loss)
                     grad_norm, _ = engine.step(minibatch, policy_opt, critic_opt)
                     averages.add({"grad_norm": grad_norm}, weight=1)
             metrics = averages.means(reduce=engine.reduce)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
@@ -44,8 +44,12 @@ class Update:
 
         for minibatch in minibatches:
             for piece in micro-batches of the minibatch:
-                backward(sum of losses(models(piece)))
+                for model, losses in (policy, its losses), (critic, its losses):
+                    backward(sum of losses(model(piece)))
             step(optimizers)
+
+    So the activations of one model are gone before the next one makes its own. Models whose outputs one loss
+    reads together go through one backward pass.
 
     On the first minibatch the ratio to the sampling policy has to be 1 (``check_first_ratio``).
 
@@ -91,7 +95,7 @@ class Update:
         watch: Stopwatch | None = None,
     ) -> None:
         self.models, self.optimizers = list(models), list(optimizers)
-        self.losses = losses[0] if len(losses) == 1 else Objective(*losses)
+        self.parts = separate(self.models, losses)
         self.engine, self.generator = engine, generator
         self.minibatch_size, self.micro_batch_size, self.epochs = minibatch_size, micro_batch_size, epochs
         self.each_minibatch, self.text = each_minibatch, text
@@ -127,16 +131,17 @@ class Update:
         """Back-propagate the losses of a minibatch; whether it is within ``target_kl``."""
         own = Averages()
         for piece in self.engine.micro_batches(minibatch, self.micro_batch_size):
-            for model in self.models:
-                piece = model(piece)
-            check_finite(piece)
-            if first and "log_probs" in piece:
-                check_first_ratio(piece, tolerance=self.ratio_tolerance)
-            out = check_finite(self.losses(piece), of=piece)
-            self.engine.backward(total_loss(out))
-            averages.add_shares(out, piece, of=self.losses)
-            if self.target_kl is not None:
-                own.add_shares(out.select("approx_kl", strict=False), piece)
+            for models, losses in self.parts:
+                for model in models:
+                    piece = model(piece)
+                check_finite(piece)
+                if first and any("log_probs" in model.out_keys for model in models):
+                    check_first_ratio(piece, tolerance=self.ratio_tolerance)
+                out = check_finite(losses(piece), of=piece)
+                self.engine.backward(total_loss(out))
+                averages.add_shares(out, piece, of=losses)
+                if self.target_kl is not None:
+                    own.add_shares(out.select("approx_kl", strict=False), piece)
         if self.target_kl is None:
             return True
         measured = own.means(reduce=self.engine.reduce)
@@ -161,3 +166,53 @@ class Update:
             names.get(type(model).__name__, f"{type(model).__name__.lower()}_lr"): optimizer.lr
             for model, optimizer in zip(self.models, self.optimizers, strict=True)
         }
+
+
+def separate(
+    models: Sequence[TensorDictModuleBase], losses: Sequence[TensorDictModuleBase]
+) -> list[tuple[list[TensorDictModuleBase], TensorDictModuleBase]]:
+    """[(models, their losses), …]: the parts that share no tensor with a gradient, each for a backward pass.
+
+    Two models are of one part where a loss, or the other one, reads what both write. A loss that reads no
+    model is of the first part. The order of models and losses is kept. All are one part where one of the
+    parts would have diagnostics and no ``loss_*``.
+
+    >>> from tensordict.nn import TensorDictModule
+    >>> from ppo_kit.modules import ClippedSurrogate, SquaredValueLoss
+    >>> policy, critic = (TensorDictModule(abs, ["x"], [key]) for key in ("log_probs", "values"))
+    >>> both = Objective(ClippedSurrogate(), SquaredValueLoss())
+    >>> [losses.out_keys[0] for _, losses in separate([policy, critic], [both])]
+    ['loss_policy', 'loss_value']
+    """
+    each_loss = [each for loss in losses for each in _leaves(loss)]
+    groups: list[list[TensorDictModuleBase]] = [[model] for model in models]
+    for reader in (*each_loss, *models):
+        keys = {*reader.in_keys, *getattr(reader, "OPTIONAL", ())}
+        read = [
+            group for group in groups if reader in group or any(keys & set(model.out_keys) for model in group)
+        ]
+        if len(read) > 1:
+            joined = [model for model in models if any(model in group for group in read)]
+            at = groups.index(read[0])
+            groups = [group for group in groups if group not in read]
+            groups.insert(at, joined)
+    of_group: list[list[TensorDictModuleBase]] = [[] for _ in groups]
+    for loss in each_loss:
+        keys = {*loss.in_keys, *getattr(loss, "OPTIONAL", ())}
+        found = (
+            index for index, group in enumerate(groups) if any(keys & set(model.out_keys) for model in group)
+        )
+        of_group[next(found, 0)].append(loss)
+    parts = [(group, own) for group, own in zip(groups, of_group, strict=True) if own]
+    if not all(any(_is_loss(key) for loss in own for key in loss.out_keys) for _, own in parts):
+        parts = [(list(models), each_loss)]
+    return [(group, own[0] if len(own) == 1 else Objective(*own)) for group, own in parts]
+
+
+def _is_loss(key: NestedKey) -> bool:
+    return str(key).startswith("loss_")
+
+
+def _leaves(loss: TensorDictModuleBase) -> list[TensorDictModuleBase]:
+    """The losses in an ``Objective``, and in those within it."""
+    return [leaf for each in loss.losses for leaf in _leaves(each)] if isinstance(loss, Objective) else [loss]

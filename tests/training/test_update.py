@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from ppo_kit.modules import (
     GAE,
+    BatchLoss,
     ClippedSurrogate,
     ClippedValueLoss,
     EntropyBonus,
@@ -28,6 +29,7 @@ from ppo_kit.modules import (
 from ppo_kit.monitor import Averages, check_first_ratio
 from ppo_kit.run import check_finite
 from ppo_kit.training import PPOSettings, Session
+from ppo_kit.training.update import separate
 
 
 def same_weights(one: Path, two: Path) -> bool:
@@ -143,6 +145,68 @@ def test_only_models_that_the_losses_read_are_trained(brought, tmp_path):
     assert metrics[0]["critic_lr"] > 0
     assert all(torch.equal(value, before[key]) for key, value in run.policy.state_dict().items())
     assert any(not torch.equal(value, critic[key]) for key, value in run.critic.state_dict().items())
+
+
+class Together(BatchLoss):
+    """Reads what both models write, and adds nothing."""
+
+    IN, OUT = ("log_probs", "values", "loss_mask"), ("loss_together",)
+
+    def compute(self, log_probs: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return 0.0 * log_probs * values
+
+
+class Level(BatchLoss):
+    """A diagnostic of the values, and no loss."""
+
+    IN, OUT = ("values", "loss_mask"), ("value_level", "value_square")
+
+    def compute(self, values: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return values, values.square()
+
+
+def test_a_model_is_back_propagated_before_the_next_one_computes(brought, tmp_path):
+    """Apart or in one backward pass: the same weights, bit for bit."""
+    found = {}
+    for name, more in (("apart", ()), ("together", (Together(),))):
+        run = short(brought, tmp_path / name, minibatch_size=8, micro_batch_size=8)
+        events: list[str] = []
+        for model in (run.policy, run.critic):
+            kind = type(model).__name__
+
+            def forward(*_: Any, kind: str = kind, events: list[str] = events) -> None:
+                if torch.is_grad_enabled():
+                    events.append(kind)
+
+            def backward(*_: Any, kind: str = kind, events: list[str] = events) -> None:
+                events.append(f"{kind} backward")
+
+            model.register_forward_hook(forward)
+            model.model.base_model.norm.weight.register_hook(backward)
+        played(run, ClippedSurrogate(), SquaredValueLoss(), *more)
+        found[name] = events
+    assert found["apart"] == ["Policy", "Policy backward", "Critic", "Critic backward"] * 2
+    assert found["together"][:2] == ["Policy", "Critic"]
+    assert same_weights(tmp_path / "apart", tmp_path / "together")
+
+
+def test_what_losses_share_decides_what_is_back_propagated_together(brought, tmp_path):
+    run = short(brought, tmp_path / "run")
+    policy, critic = run.policy, run.critic
+    surrogate, value, together, level = ClippedSurrogate(), SquaredValueLoss(), Together(), Level()
+
+    def parts(*losses: Any) -> list[tuple[list[Any], list[Any]]]:
+        return [
+            (models, list(loss.losses) if isinstance(loss, Objective) else [loss])
+            for models, loss in separate([policy, critic], losses)
+        ]
+
+    assert parts(surrogate, value) == [([policy], [surrogate]), ([critic], [value])]
+    nested = Objective(Objective(value), Objective(surrogate, level))
+    assert parts(nested) == [([policy], [surrogate]), ([critic], [value, level])]
+    assert parts(surrogate, value, together) == [([policy, critic], [surrogate, value, together])]
+    assert parts(surrogate, level) == [([policy, critic], [surrogate, level])]
+    assert parts(value) == [([critic], [value])]
 
 
 def test_a_loss_that_reads_the_entropy_gets_its_gradient(brought, tmp_path):
