@@ -38,7 +38,7 @@ def advice(found: Profile, machine: Machine) -> list[str]:
     if parts["other"].share > 0.15:
         said.append(
             f"{parts['other'].share:.0%} of the step is in none of rollout, score and train: the recipe's "
-            "own code between them, shaping, metrics and files"
+            "own code between them, shaping, metrics, samples, files"
         )
     return said
 
@@ -63,7 +63,7 @@ def _padded(found: Profile) -> list[str]:
         if each.name == "rollout":
             said.append(
                 f"{each.padding:.0%} of the slots that sampling reads hold no token: prompts differ in "
-                "length, or few responses go on for long: --prompt-tokens, --max-new-tokens"
+                "length, and --prompt-tokens lowers the longest"
             )
         else:
             said.append(

@@ -65,6 +65,8 @@ class Recorder(StepObserver):
         self._start = _clocks()
 
     def begin(self) -> None:
+        if self._begun:  # what came after the log, as samples and checkpoints, is the step's as well
+            self._step.whole = _since(self._start)
         self._begun += 1
         if self._begun == WARM_UP + self.steps + 1:
             self.trace.start()
@@ -83,7 +85,7 @@ class Recorder(StepObserver):
             self.peaks[name] = max(self.peaks[name], _peak_mib())
 
     def end(self, batch: TensorDictBase) -> None:
-        _add(self._step.whole, self._start)
+        self._step.whole = _since(self._start)
         self._step.rows = batch.numel()
         self._step.response_tokens = int(batch["response_mask"].sum())
         self._step.prompt_tokens = int(batch["prompt_mask"].sum())
@@ -103,6 +105,12 @@ class Recorder(StepObserver):
 
 def _clocks() -> tuple[float, float, float]:
     return time.perf_counter(), time.process_time(), os.times().system
+
+
+def _since(start: tuple[float, float, float]) -> Clocked:
+    found = Clocked()
+    _add(found, start)
+    return found
 
 
 def _add(to: Clocked, start: tuple[float, float, float]) -> None:
