@@ -8,7 +8,9 @@ from itertools import pairwise
 from typing import Any
 
 from sphinx.application import Sphinx
+from sphinx.util.inspect import signature, stringify_signature
 
+FLAG = re.compile(r"(?<![\w`-])(--[a-z][a-z-]*)")
 LITERAL = re.compile(r"(``.*?``)")
 
 
@@ -34,10 +36,10 @@ def rewrite(lines: list[str]) -> list[str]:
 
 
 def prose(line: str) -> str:
-    """Bars escaped, and a letter behind a literal (``x``s) set apart from it, outside of literals."""
+    """Outside of literals: bars escaped, flags as literals, a letter behind a literal (``x``s) set apart."""
     parts = LITERAL.split(line)
     for index in range(0, len(parts), 2):
-        parts[index] = parts[index].replace("|", r"\|")
+        parts[index] = FLAG.sub(r"``\1``", parts[index].replace("|", r"\|"))
         if index and parts[index][:1].isalpha():
             parts[index] = rf"\ {parts[index]}"
     return "".join(parts)
@@ -73,9 +75,17 @@ def one_argument_a_line(lines: list[str], names: set[str]) -> list[str]:
 def parameters(thing: Any) -> set[str]:
     """Names that ``thing`` is called with; none where that is not known."""
     try:
-        return set(inspect.signature(thing).parameters)
+        return set(inspect.signature(thing.__init__ if inspect.isclass(thing) else thing).parameters)
     except (TypeError, ValueError):
         return set()
+
+
+def constructor(app: Sphinx, what: str, name: str, thing: Any, *rest: Any) -> tuple[str, str] | None:
+    """The arguments of ``__init__``, which the metaclass of TensorDict's modules hides."""
+    if what != "class" or not str(rest[1]).startswith("(*args"):
+        return None
+    own = signature(thing.__init__, bound_method=True)
+    return stringify_signature(own, show_return_annotation=False, unqualified_typehints=True), ""
 
 
 def process(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
@@ -88,4 +98,5 @@ def process(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: 
 def setup(app: Sphinx) -> dict[str, bool]:
     # Before napoleon, which is connected with the default priority of 500.
     app.connect("autodoc-process-docstring", process, priority=400)
+    app.connect("autodoc-process-signature", constructor)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

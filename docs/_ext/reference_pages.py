@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import pkgutil
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +19,7 @@ from sphinx.pycode import ModuleAnalyzer
 import ppo_kit
 
 ROOT = Path(__file__).parents[2]
+FLAG = re.compile(r"(?<![\w`-])(--[a-z][a-z-]*)")
 PACKAGES = {
     "functional": "The maths, as pure functions over tensors",
     "modules": "Modules over the batch: shaping, losses, state",
@@ -143,10 +145,10 @@ def table(kind: type, names: list[str], about: dict[str, str]) -> list[str]:
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for name in names:
         default = fields[name].default
-        shown = "" if default is dataclasses.MISSING else str(default)
-        lines.append(
-            f"| `{name}` | {f'`{shown}`' if shown else ''} | {about[name].replace('|', chr(92) + '|')} |"
-        )
+        shown = "" if default is dataclasses.MISSING else f"`{default}`"
+        meaning = about[name].replace("|", r"\|").replace("<", "&lt;")
+        meaning = FLAG.sub(r"`\1`", meaning)
+        lines.append(f"| `{name}` | {shown} | {meaning} |")
     return [*lines, ""]
 
 

@@ -81,7 +81,7 @@ def _more(count: int) -> list[str]:
 def check_file(source: Source, tokenizer: PreTrainedTokenizerBase | None = None) -> Contents:
     """Read a file (or rows) once and say what it holds; lengths are in tokens, else in characters.
 
-    Memory grows by the row's hashes, its line and its lengths (under 300 bytes a row), not by its text.
+    Memory grows by the row's hashes, its line and its lengths (under 300 bytes per row), not by its text.
 
     Raises:
         BadRow: the file is damaged from there on (gzip, JSON list, Parquet). Other bad rows are collected.

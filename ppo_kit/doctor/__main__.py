@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def table(findings: list[Finding]) -> Table:
-    """One row a check: level, name, what was found, and under it the fix."""
+    """One row per check: level, name, what was found, and under it the fix."""
     grid = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     for each in findings:
         # Text, not markup: a found text may hold square brackets of its own.

@@ -28,7 +28,7 @@ class EngineSettings:
     """Compute in bfloat16 over float32 master weights. Slower than float32 on a CPU without bfloat16
     instructions."""
     gradient_checkpointing: bool = False
-    """Keep one activation a layer and recompute the rest in the backward pass: less memory, more time."""
+    """Keep one activation per layer and recompute the rest in the backward pass: less memory, more time."""
     micro_batch_tokens: int = 0
     """Most slots (tokens and padding) of a forward pass on each rank, beside --micro-batch-size rows; 0 is no
     limit."""

@@ -1,6 +1,6 @@
 """The maths: pure functions over tensors. They import torch, and nothing of ours above them.
 
-Shapes are [B,T] for responses (right-padded) and [B] for one number a response; masks are boolean, True =
+Shapes are [B,T] for responses (right-padded) and [B] for one number per response; masks are boolean, True =
 valid.
 """
 

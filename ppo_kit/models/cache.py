@@ -44,7 +44,7 @@ def cached(name: str, build: Callable[[Path], None], *, fresh: bool = False) -> 
     if any(part in ("", ".", "..") or "\\" in part or not part.isprintable() for part in parts):
         raise ValueError(f"cache: got the name {name!r}, needs names of folders with '/' between them")
     if max(len(os.fsencode(part)) for part in parts) > _LONGEST:
-        raise ValueError(f"cache: got the name {name[:40]!r}…, needs at most {_LONGEST} bytes a part")
+        raise ValueError(f"cache: got the name {name[:40]!r}…, needs at most {_LONGEST} bytes per part")
     folder = cache_folder() / name
     if folder.exists() and not fresh:
         return folder

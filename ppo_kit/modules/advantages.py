@@ -209,7 +209,7 @@ class ReMax(BatchModule):
     """A = s − score of the greedy answer to the same prompt (Li et al. 2023).
 
     Keys: rewards [B,T], greedy_score [B], action_mask [B,T] -> advantages [B,T]; greedy_score is yours to
-    write, from one greedy answer a prompt, in the units of the rewards.
+    write, from one greedy answer per prompt, in the units of the rewards.
 
     >>> from tensordict import TensorDict
     >>> batch = TensorDict({"rewards": torch.tensor([[0.0, 1.0]]), "greedy_score": torch.tensor([3.0]),

@@ -50,7 +50,7 @@ class PairwiseLoss(BatchModule):
     def forward(self, batch: TensorDictBase) -> TensorDict:
         score, *text = self.read(batch)
         if len(score) % 2:
-            raise ValueError(f"PairwiseLoss: {self.in_keys[0]!r} has {len(score)} rows, needs two a pair")
+            raise ValueError(f"PairwiseLoss: {self.in_keys[0]!r} has {len(score)} rows, needs two per pair")
         there = _with_tokens(batch, score)
         chosen, rejected = (half[there] for half in score.chunk(2))
         margin = chosen.new_full((), self.margin).expand(chosen.shape)

@@ -102,7 +102,7 @@ def summarize_pairs(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def differences_of(rows: Sequence[Mapping[str, Any]], what: str) -> np.ndarray:
-    """chosen − rejected of ``"score"`` or ``"tokens"``, a number a pair."""
+    """chosen − rejected of ``"score"`` or ``"tokens"``, one number per pair."""
     return np.array([row[f"chosen_{what}"] - row[f"rejected_{what}"] for row in rows], dtype=float)
 
 

@@ -15,7 +15,7 @@ NEEDS = "needs a function of (prompts, responses, batch), or of (prompts, respon
 
 
 def column(batch: TensorDictBase, name: str, reader: str = "column") -> Any:
-    """The values of one column, a list with one a row; of a tensor of the batch, the tensor.
+    """The values of one column, a list with one per row; of a tensor of the batch, the tensor.
 
     Raises:
         KeyError: the batch has no such key; with ``reader`` and the keys that it has.

@@ -1,6 +1,6 @@
 """Rewards that can be checked against the text, as functions for ``TextReward`` (``docs/rewards.md``).
 
-Each takes ``(prompts, responses, batch)`` and gives one number a row. They can be sent to processes.
+Each takes ``(prompts, responses, batch)`` and gives one number per row. They can be sent to processes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A function called on each row of a batch by threads or processes, every row within a time limit.
 
 Not done with a library: ``concurrent.futures`` has no time limit for a task and waits for a hung thread when
-the program ends; ``pebble`` (5.2) waits for ever for a task whose process ended with status 0, has no daemon
+the program ends; ``pebble`` (5.2) waits forever for a task whose process ended with status 0, has no daemon
 pool of threads with a time limit, and measures by a clock that can be set.
 """
 
@@ -42,7 +42,7 @@ class RowWorkers:
     Args:
         function: called as ``function(*row)``.
         workers: how many rows at a time.
-        timeout: seconds a row may take from when a worker got it; None waits for ever.
+        timeout: seconds a row may take from when a worker got it; None waits forever.
         processes: processes instead of threads.
 
     Raises:

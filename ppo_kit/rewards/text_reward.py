@@ -15,7 +15,7 @@ from ppo_kit.rewards.columns import with_batch
 from ppo_kit.rewards.row_workers import RowError, RowTimeout, RowWorkers
 
 RewardFunction = Callable[..., "Sequence[float | None] | Tensor"]
-"""(prompts, responses, batch) -> one number a row, or [B,T], None for a row it cannot judge.
+"""(prompts, responses, batch) -> one number per row, or [B,T], None for a row it cannot judge.
 
 Token ids are the truth and are in the batch. Or (prompts, responses, *, answer, …): columns by their names.
 """
@@ -130,8 +130,10 @@ class TextReward(BatchModule):
     def _check_shape(self, value: Tensor, mask: Tensor) -> None:
         needed = self.shape(mask)
         if value.shape != needed:
-            unit = "one number a row" if len(needed) == 1 else "one number a token"
-            hint = "; TokenReward takes one a token" if len(needed) == 1 and value.shape == mask.shape else ""
+            unit = "one number per row" if len(needed) == 1 else "one number per token"
+            hint = (
+                "; TokenReward takes one per token" if len(needed) == 1 and value.shape == mask.shape else ""
+            )
             raise ValueError(
                 f"reward {self.name}: returned shape {list(value.shape)}, needs {list(needed)}, {unit}{hint}"
             )
@@ -152,7 +154,7 @@ class TextReward(BatchModule):
             for row, each in enumerate(value if isinstance(value, Sequence) else ()):
                 if not _is_number_like(each):
                     raise ValueError(fail(row, f"is {each!r}, needs a number, or None")) from None
-            raise ValueError(f"reward {self.name}: returned {value!r}, needs one number a row") from None
+            raise ValueError(f"reward {self.name}: returned {value!r}, needs one number per row") from None
         if len({row.shape for row in rows}) > 1:
             shapes = [list(row.shape) for row in rows]
             raise ValueError(f"reward {self.name}: returned rows of different shapes {shapes}")
@@ -161,7 +163,7 @@ class TextReward(BatchModule):
 
 
 class TokenReward(TextReward):
-    """``token_scores`` [B,T] from a function that gives one number a token, and ``score`` [B], their sum.
+    """``token_scores`` [B,T] from a function that gives one number per token, and ``score`` [B], their sum.
 
     What the function gives in masked slots is not looked at; ``token_scores`` is 0 there, and in the whole of
     a row that it gives None for. Arguments and errors are those of ``TextReward``.

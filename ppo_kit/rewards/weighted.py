@@ -112,6 +112,6 @@ class Rewards(TensorDictModuleBase):
             got = "nothing" if score is None else f"shape {list(score.shape)}"
             raise ValueError(
                 f"Rewards: {name} writes {got} as {module.out_keys[0]!r}, needs {list(out.batch_size)}, "
-                "one number a row"
+                "one number per row"
             )
         return score.float()

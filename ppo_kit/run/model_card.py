@@ -92,10 +92,12 @@ def _changed(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _measured(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
-    numbers = [
-        (f"`{name}`", *(f"{each[name]:.3f}" if name in each else "" for each in (before, after)))
-        for name in {**before, **after}
-    ]
+    numbers = [(f"`{name}`", _number(before, name), _number(after, name)) for name in {**before, **after}]
     if not numbers:
         return ["Nothing was held out.", ""]
     return ["Averages on held-out data.", "", *_table(("metric", "before", "after"), numbers)]
+
+
+def _number(values: Mapping[str, float], name: str) -> str:
+    # Adding 0.0 turns the -0.0 of a rounded KL into 0.
+    return f"{round(values[name], 3) + 0.0:.3f}" if name in values else ""

@@ -257,5 +257,5 @@ class TestPairwise:
         assert PairwiseLoss()(batch)["loss_pairwise"] == PairwiseLoss()(batch)["accuracy"] == 0
 
     def test_odd_rows_are_refused(self):
-        with pytest.raises(ValueError, match="PairwiseLoss: 'score' has 3 rows, needs two a pair"):
+        with pytest.raises(ValueError, match="PairwiseLoss: 'score' has 3 rows, needs two per pair"):
             PairwiseLoss()(self.batch[:3])

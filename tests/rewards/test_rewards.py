@@ -70,13 +70,13 @@ def test_it_sees_texts_ids_and_row_metadata(batch):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ([1.0, 2.0], r"returned shape \[2\], needs \[3\], one number a row"),
+        ([1.0, 2.0], r"returned shape \[2\], needs \[3\], one number per row"),
         ([[1.0]] * 3, r"returned shape \[3, 1\], needs \[3\]"),
-        (torch.zeros(3, 8), r"one number a row; TokenReward takes one a token"),
-        (1.0, "returned 1.0, needs one number a row"),
+        (torch.zeros(3, 8), r"one number per row; TokenReward takes one per token"),
+        (1.0, "returned 1.0, needs one number per row"),
         ([1.0, "x", 2.0], "row 1 is 'x', needs a number, or None; prompt 'how do i cook rice"),
         ([None, 2.0, "x"], "row 2 is 'x', needs a number"),
-        (None, "returned None, needs one number a row"),
+        (None, "returned None, needs one number per row"),
         ([None, 1.0], r"returned shape \[2\], needs \[3\]"),
         ([None, 2.0, math.nan], "row 2 is nan"),
         ([[1.0], 2.0, 3.0], "different shapes"),
@@ -128,7 +128,7 @@ def test_one_number_a_token(batch):
     values[1, 2] = math.inf
     with pytest.raises(ValueError, match=r"row 1 is \[.*inf"):
         TokenReward(named("dense", lambda *_: values), TOKENIZER)(batch)
-    with pytest.raises(ValueError, match=r"returned shape \[3\], needs \[3, 8\], one number a token"):
+    with pytest.raises(ValueError, match=r"returned shape \[3\], needs \[3, 8\], one number per token"):
         TokenReward(count, TOKENIZER)(batch)
 
 
