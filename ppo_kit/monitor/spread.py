@@ -65,7 +65,7 @@ def spread_metrics(batch: TensorDictBase) -> dict[str, float]:
 
 def _extremes(name: str, x: Tensor) -> dict[str, float]:
     """Least, greatest and standard deviation, which needs two values."""
-    found = {f"{name}_min": x.min().item(), f"{name}_max": x.max().item()} if len(x) else {}
+    found = {f"{name}_min": float(x.min()), f"{name}_max": float(x.max())} if len(x) else {}
     return found | ({f"{name}_spread": x.double().std().item()} if len(x) > 1 else {})
 
 

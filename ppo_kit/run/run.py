@@ -22,7 +22,7 @@ from ppo_kit.run.faults import Clearable, Faults
 from ppo_kit.run.fingerprints import Inputs
 from ppo_kit.run.folder import Settings, open_folder
 from ppo_kit.run.journal import Journal
-from ppo_kit.run.owner import release
+from ppo_kit.run.owner import own, release
 from ppo_kit.run.progress import Progress
 from ppo_kit.run.randomness import Randomness
 from ppo_kit.run.records import scalars, write_json
@@ -101,11 +101,10 @@ class Run:
         self._signals = StopOnSignal(self._say_stopping)
         self._signals.install()
         self._restored: dict[str, Any] | None = None
-        self._last = 0
+        self._last = self._logged = 0
         self._due: bool | None = None
         self._heard = self._stopped = False
         self._remarks: list[str] = []
-        self._logged = 0
         self._seconds_before = 0.0
         self._started = time.monotonic()
 
@@ -114,6 +113,10 @@ class Run:
         return self._randomness.generator(name)
 
     def __enter__(self) -> Run:
+        if not self._open:  # closed by a ``break`` out of the steps before the first
+            ranks.from_main(lambda: own(self.folder))
+            self._signals.install()
+            self._open = True
         return self
 
     def __exit__(

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_kit.data import without_prompts
 from ppo_kit.engine import ranks
-from ppo_kit.models import check_policy, check_positions, check_scalar, load_tokenizer, save_model
+from ppo_kit.models import check_policy, check_positions, check_scalar, load_tokenizer
 from ppo_kit.models.policy import ModelModule
 from ppo_kit.modules import BatchLoss, Shaping
 from ppo_kit.monitor import CollapseWatch, rollout_metrics, spread_metrics
@@ -36,6 +36,7 @@ from ppo_kit.training.models import (
 )
 from ppo_kit.training.prompts import load_run_prompts, load_text
 from ppo_kit.training.sampler import Sampler, gathered
+from ppo_kit.training.saving import save_trained
 from ppo_kit.training.scoring import InMicroBatches
 from ppo_kit.training.settings import PPOSettings, RLSettings
 from ppo_kit.training.token_records import step_samples
@@ -215,15 +216,20 @@ class Session(Loop):
     # The verbs of the loop.
 
     def pretraining(self, steps: int) -> Iterator[int]:
-        """Steps before the first step, to train the critic alone (detail 8). A resumed run has none left."""
+        """Steps before the first step, to train the critic alone (detail 8). A resumed run has none left.
+
+        A loop that breaks out of them goes on with ``steps``.
+        """
         self._start()
         if self._resumed:
             return
-        with self._closing_on_error():
-            for step in range(1, steps + 1):
-                self._pretraining = 1 + steps - step
-                yield step
-        self._pretraining = 0
+        try:
+            with self._closing_on_error():
+                for step in range(1, steps + 1):
+                    self._pretraining = 1 + steps - step
+                    yield step
+        finally:
+            self._pretraining = 0
 
     def experience(self, step: int, *, draw: int = 0) -> TensorDictBase:
         """Sample the responses of ``step`` and score them: ``rollout``, then ``score``."""
@@ -334,18 +340,9 @@ class Session(Loop):
 
     def save_model(self) -> None:
         """Write the policy and its tokenizer as transformers loads them; of LoRA the adapter, or merged."""
-        model, adapter = self.policy.model, bool(self.settings.lora_rank)
-        # Every rank takes part in making the weights whole; the first one writes.
-        weights = None if adapter else self.engine.state_dict(self.policy)
-        if not ranks.is_main():
-            return
-        folder = self.folder / "policy"
-        if adapter and self.settings.merge:
-            model.lora.save_merged("policy", folder)
-            self.tokenizer.save_pretrained(folder)
-        else:
-            named = weights and {key.removeprefix("model."): value for key, value in weights.items()}
-            save_model(model, self.tokenizer, folder, weights=named)
+        save_trained(
+            self.policy, self.tokenizer, self.engine, self.folder / "policy", merge=self.settings.merge
+        )
 
 
 def _check_groups(cfg: RLSettings) -> None:

@@ -24,7 +24,6 @@ from ppo_kit.models import (
     load_causal_lm,
     load_scalar_model,
     load_tokenizer,
-    save_model,
 )
 from ppo_kit.models.language_head import RewardWithLanguageHead, language_head
 from ppo_kit.models.policy import ModelModule
@@ -33,6 +32,7 @@ from ppo_kit.sandbox.build import PolicySize, sandbox_policy
 from ppo_kit.training.batch_update import BatchUpdate
 from ppo_kit.training.examples import load_run_dialogues, load_run_pairs
 from ppo_kit.training.loop import Loop
+from ppo_kit.training.saving import save_trained
 from ppo_kit.training.settings import SupervisedSettings
 
 
@@ -151,8 +151,6 @@ class Supervised(Loop):
         """A ``BatchUpdate`` of ``model``, which is saved at the end; evaluations read ``held_out``."""
         cfg, name = self.settings, "policy" if isinstance(model, Policy) else "reward_model"
         optimizer = self.optimizer(name, model, cfg.lr, steps=cfg.steps, weight_decay=weight_decay)
-        if not self.engine.sharded:
-            _check(model, cfg.base)
         self._trained[name] = BatchUpdate(
             model,
             loss,
@@ -175,28 +173,16 @@ class Supervised(Loop):
         """The losses and their diagnostics on held-out rows; of a policy, its perplexity as well."""
         return {key: value for update in self._trained.values() for key, value in update.measure().items()}
 
+    def check_models(self) -> None:
+        """Compare what the trained models compute with and without padding, cache and training mode."""
+        for update in () if self.engine.sharded else self._trained.values():
+            model = update.model
+            if isinstance(model, Policy):
+                check_policy(model, name=self.settings.base)
+            elif isinstance(model, RewardModel):  # and its language-model head, if it has one, aside
+                check_scalar(RewardModel(model.model, dtype=model.dtype), name=self.settings.base)
+
     def save_model(self) -> None:
         """Write the trained model and its tokenizer, as transformers loads them."""
         for name, update in self._trained.items():
-            model: Any = update.model.model
-            # Every rank takes part in making the weights whole; the first one writes.
-            held = self.engine.state_dict(update.model)
-            if not ranks.is_main():
-                continue
-            if hasattr(model, "lora"):
-                weights = model.lora.merged(model.name)
-                if hasattr(model, "score"):
-                    weights["score.weight"] = model.score.weight.detach()
-                model = model.lora.model
-            else:
-                weights = {key.removeprefix("model."): value for key, value in held.items()
-                           if key.startswith("model.")}  # fmt: skip
-            save_model(model, self.tokenizer, self.folder / name, weights=weights)
-
-
-def _check(model: ModelModule, name: str) -> None:
-    """Refuse a model that does not compute what its module reads."""
-    if isinstance(model, Policy):
-        check_policy(model, name=name)
-    elif isinstance(model, RewardModel):
-        check_scalar(RewardModel(model.model, dtype=model.dtype), name=name)
+            save_trained(update.model, self.tokenizer, self.engine, self.folder / name)

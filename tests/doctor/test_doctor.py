@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -108,7 +109,13 @@ def odd(subject: Subject) -> dict[str, str]:
     return {each.check: each.level for each in examine(subject) if each.level != "pass"}
 
 
-@pytest.mark.parametrize("changes", [{"lora_rank": 2}, {"bf16": True}], ids=str)
+# A capability below the machine's makes torch's attention in bfloat16 call what that capability lacks.
+UNDERSTATED = pytest.mark.skipif("ATEN_CPU_CAPABILITY" in os.environ, reason="torch: pack_vnni2 is only ...")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"lora_rank": 2}, pytest.param({"bf16": True}, marks=UNDERSTATED)], ids=str
+)
 def test_adapters_and_bfloat16_pass(sound, changes):
     assert odd(Subject(dataclasses.replace(sound.settings, **changes))) == {}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ppo_kit.modules import (
     ScoreNormalize,
     SquaredValueLoss,
 )
+from ppo_kit.run import owner
 from ppo_kit.training import PPOSettings, RLSettings, Session
 
 
@@ -73,6 +75,26 @@ def test_a_notebook_trains_a_model_with_a_function_as_reward(brought, tmp_path):
     assert "brevity (given in Python), weight 1" in card
     assert "| `max_new_tokens` | 6 |" in card
     assert re.search(r"\| `score` \| 0\.\d{3} \| 0\.\d{3} \|", card)
+
+
+def test_a_break_out_of_the_pretraining_ends_it(brought, tmp_path):
+    """The run goes on with its first step: as one that had no such steps, and the owner of its folder."""
+    found = {}
+    for name, steps in (("broken", 3), ("none", 0)):
+        cfg = PPOSettings(**{**brought, "steps": 1, "held_out": 0, "out": tmp_path / name})
+        run = Session(cfg, critic=False)
+        before = signal.getsignal(signal.SIGTERM)
+        for step in run.pretraining(steps):
+            assert step == 1
+            break
+        for step in run.steps():
+            assert signal.getsignal(signal.SIGTERM) == before, "the run takes signals"
+            assert owner._held[(run.folder / owner.LOCK).resolve()].is_locked
+            found[name] = run.rollout(step)["response_ids"].tolist()
+            run.run.log(step, {"score": 0.0})
+        assert rows(tmp_path / name) == [{"step": 1, "score": 0.0}]
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert found["broken"] == found["none"]
 
 
 def test_columns_of_the_data_reach_rewards_and_samples(brought, tmp_path):
