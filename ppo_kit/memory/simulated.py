@@ -96,7 +96,7 @@ class SimulatedStep:
 
     @torch.no_grad()
     def score(self) -> None:
-        rows = self.work.rollout_size
+        rows = min(self.work.micro_batch_size, self.work.rollout_size)
         self._log_probs(self.reference, rows)
         self._scalars(self.critic, rows)
         if self.reward is not None:
@@ -111,10 +111,8 @@ class SimulatedStep:
             for parameter in self.trainable:
                 parameter.register_post_accumulate_grad_hook(_drop)
         for _ in range(2 if self.work.micro_batch_size < self.work.minibatch_size else 1):
-            log_probs = self._log_probs(self.policy, rows)
-            values = self._scalars(self.critic, rows)
-            (log_probs.sum() + values.sum()).backward()
-            del log_probs, values
+            self._log_probs(self.policy, rows).sum().backward()
+            self._scalars(self.critic, rows).sum().backward()
         for parameter in self.trainable:
             parameter.grad = None
 

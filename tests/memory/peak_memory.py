@@ -15,7 +15,7 @@ import torch
 from tensordict.nn import TensorDictSequential
 
 from ppo_kit.data import pad_prompts
-from ppo_kit.engine import Optimizer
+from ppo_kit.engine import LocalEngine, Optimizer
 from ppo_kit.memory import Workload, estimate_memory
 from ppo_kit.memory.live_bytes import LiveBytes
 from ppo_kit.models import (
@@ -31,10 +31,8 @@ from ppo_kit.models.lora import LoRA
 from ppo_kit.modules import (
     GAE,
     ClippedSurrogate,
-    Objective,
     PlaceScore,
     SquaredValueLoss,
-    micro_batches,
     minibatches,
     total_loss,
 )
@@ -58,8 +56,8 @@ def take_steps(
         for model in (policy.model, critic.model):
             freeze_below(model, work.train_layers)
     optimizers = [Optimizer(model, lr=1e-5, steps=9) for model in (policy, critic)]
-    losses = Objective(ClippedSurrogate(), SquaredValueLoss())
-    scorers = TensorDictSequential(reference, Critic(critic.model, out_keys=["old_values"], **dtype), reward)
+    losses = (policy, ClippedSurrogate()), (critic, SquaredValueLoss())
+    scorers = reference, Critic(critic.model, out_keys=["old_values"], **dtype), reward
     shape = TensorDictSequential(PlaceScore(), GAE())
     order = torch.Generator().manual_seed(0)
     if counter:  # a view of a weight is no new memory
@@ -71,20 +69,23 @@ def take_steps(
     weights = counter.live if counter else 0
     with counter or nullcontext():
         for step in range(steps):
-            _step(work, step, policy, critic, scorers, shape, losses, optimizers, order)
+            _step(work, step, scorers, shape, losses, optimizers, order)
     return counter.peak - weights if counter else 0
 
 
-def _step(work, step, policy, critic, scorers, shape, losses, optimizers, order):
+def _step(work, step, scorers, shape, losses, optimizers, order):
+    policy, engine = losses[0][0], LocalEngine()
     prompts = pad_prompts([[3 + row % 7] * work.prompt_tokens for row in range(work.rollout_size)], 0)
     # No token ends a response: the longest there can be are what is estimated.
     batch = rollout(policy, prompts, Sampling(work.max_new_tokens), end_ids=(), seeds=step)
+    for module in scorers:
+        batch = engine.read(module, batch, work.micro_batch_size)
     with torch.no_grad():
-        shape(scorers(batch))
+        shape(batch)
     for minibatch in minibatches(batch, work.minibatch_size, generator=order):
-        for piece in micro_batches(minibatch, work.micro_batch_size):
-            critic(policy(piece))
-            total_loss(losses(piece)).backward()
+        for piece in engine.micro_batches(minibatch, work.micro_batch_size):
+            for module, loss in losses:
+                total_loss(loss(module(piece))).backward()
         for optimizer in optimizers:
             optimizer.step()
 
