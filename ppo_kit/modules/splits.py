@@ -53,7 +53,8 @@ def minibatches(
     """Yield shuffled minibatches of ``size`` rows, each for one optimizer step and with its counts.
 
     Every row comes exactly once an epoch, in an order drawn anew from ``generator``; the last minibatch may
-    be smaller. Rows are copied: nothing is written to ``batch``, and no column is trimmed.
+    be smaller. Rows are copied: nothing is written to ``batch``, and no column is trimmed. ``rollout_row``
+    [B] says which rows of ``batch`` they are.
 
     Args:
         generator: of the device the permutation is to be drawn on; its state is all the randomness there is.
@@ -74,7 +75,9 @@ def minibatches(
     for _ in range(epochs):
         order = torch.randperm(batch.batch_size[0], generator=generator, device=generator.device)
         for rows in order.split(size):
-            yield with_counts(batch[rows.to(batch.device)], mask_key=mask_key, reduce=reduce)
+            rows = rows.to(batch.device)
+            minibatch = batch[rows].set("rollout_row", rows)
+            yield with_counts(minibatch, mask_key=mask_key, reduce=reduce)
 
 
 def check_sizes(owner: str, batch: TensorDictBase, **sizes: int) -> None:

@@ -15,7 +15,8 @@ def check_first_ratio(minibatch: TensorDictBase, *, tolerance: float = 1e-2) -> 
     Where it is not, sampling and scoring differ: a mask, position ids, dropout, temperature or precision.
 
     Args:
-        minibatch: log_probs, old_log_probs, response_ids, action_mask (or response_mask) [B,T].
+        minibatch: log_probs, old_log_probs, response_ids, action_mask (or response_mask) [B,T]; rollout_row
+            [B] where it is there (``minibatches`` writes it), and the error then counts rows by it.
         tolerance: in nats. Float32 stays below 1e-3; bfloat16 compute needs more.
 
     Raises:
@@ -27,9 +28,14 @@ def check_first_ratio(minibatch: TensorDictBase, *, tolerance: float = 1e-2) -> 
     # A NaN fails every comparison, so ask what is within, not what is outside.
     outside = ~(drift <= tolerance)
     if bool(outside.any()):
-        row, slot = outside.nonzero()[0].tolist()
+        numbers = minibatch.get("rollout_row", None)
+        found = torch.arange(len(mask), device=mask.device) if numbers is None else numbers
+        # Micro-batches are in order of length: of their rows, the first one of the rollout.
+        row = int(torch.where(outside.any(1), found, found.max() + 1).argmin())
+        slot = int(outside[row].nonzero()[0])
+        named = f"row {int(found[row])}" + ("" if numbers is None else " of the rollout")
         raise ValueError(
-            f"the ratio before the first optimizer step is not 1: row {row}, token {slot} "
+            f"the ratio before the first optimizer step is not 1: {named}, token {slot} "
             f"(id {int(minibatch['response_ids'][row, slot])}) has log π "
             f"{log_probs[row, slot]:.5f} and was sampled with log π_old "
             f"{old[row, slot]:.5f} (tolerance {tolerance}; "
