@@ -47,7 +47,7 @@ def memory(subject: Subject) -> tuple[Level, str, str]:
 def sampling(subject: Subject) -> tuple[Level, str, str]:
     """What is drawn is what is scored."""
     on = subject.sampling
-    if on.rescorable:
+    if on.unfiltered:
         return "pass", f"as scored, at temperature {subject.settings.temperature:g}", ""
     return (
         "warn",

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 @runtime_checkable
-class Networked(Protocol):
+class Wrappable(Protocol):
     """A module with a model in it, such as ``Policy``: ``network`` is what an engine may wrap."""
 
     @property
@@ -117,7 +117,7 @@ class Engine(ABC):
         """
 
     def close(self) -> None:  # noqa: B027
-        """Leave the other ranks in peace. Call it at the end of a run that went well."""
+        """Shut down what connects the ranks. Call it at the end of a run that went well."""
 
     def micro_batches(self, minibatch: TensorDictBase, size: int) -> Iterator[TensorDictBase]:
         """This rank's rows of a minibatch that all ranks hold, in pieces of up to ``size``, on the device.
@@ -171,7 +171,7 @@ class Engine(ABC):
         return ranks.reduce(x)
 
     @contextmanager
-    def generating(self, module: Networked) -> Iterator[None]:
+    def generating(self, module: Wrappable) -> Iterator[None]:
         """Sampling mode: the plain forward where weights are whole (a compiled one would be compiled for each
         length of the cache), and no gradient checkpointing (it would switch the cache off).
         """

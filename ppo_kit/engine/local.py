@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppo_kit.engine.engine import Engine, Networked, Stateful, device_of
+from ppo_kit.engine.engine import Engine, Stateful, Wrappable, device_of
 from ppo_kit.engine.optimizer import Optimizer
 from ppo_kit.engine.settings import EngineSettings
 
@@ -41,7 +41,7 @@ class LocalEngine(Engine):
 
     def optimizer(self, module: nn.Module, **settings: Any) -> Optimizer:
         self.place(module)
-        if isinstance(module, Networked):
+        if isinstance(module, Wrappable):
             if self.settings.gradient_checkpointing:
                 module.checkpoint_activations()
             if self.settings.compile:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ppo_kit.engine import ranks
-from ppo_kit.engine.engine import Engine, Networked, Stateful, device_of
+from ppo_kit.engine.engine import Engine, Stateful, Wrappable, device_of
 from ppo_kit.engine.optimizer import NotFinite, Optimizer
 from ppo_kit.engine.settings import EngineSettings
 from ppo_kit.engine.zero_config import zero_config
@@ -66,7 +66,7 @@ class DeepSpeedEngine(Engine):
 
     def place(self, *modules: nn.Module) -> None:
         for module in modules:
-            inside = [each for each in module.modules() if isinstance(each, Networked)]
+            inside = [each for each in module.modules() if isinstance(each, Wrappable)]
             _refuse_adapters(self.stage, inside)
             if self.stage < 3 or not inside:
                 module.to(self.device)
@@ -76,7 +76,7 @@ class DeepSpeedEngine(Engine):
                 each.wrap(self.deepspeed.initialize(model=each.network, config=config)[0])
 
     def optimizer(self, module: nn.Module, **settings: Any) -> Optimizer:
-        if not isinstance(module, Networked):
+        if not isinstance(module, Wrappable):
             raise ValueError(f"{type(module).__name__}: DeepSpeed trains a Policy or a Critic")
         _refuse_adapters(self.stage, [module])
         if self.stage < 3:  # sharded weights are where they are to be
@@ -110,7 +110,7 @@ class DeepSpeedEngine(Engine):
 class ZeroOptimizer(Optimizer):
     """``Optimizer`` whose gradients and states are DeepSpeed's. Its state is that of ``Optimizer``, whole."""
 
-    def __init__(self, owner: DeepSpeedEngine, module: Networked, **settings: Any) -> None:
+    def __init__(self, owner: DeepSpeedEngine, module: Wrappable, **settings: Any) -> None:
         assert isinstance(module, nn.Module)
         super().__init__(module, **settings)
         self.stage, self.network = owner.stage, module.network
@@ -270,7 +270,7 @@ def _skip_compiler() -> None:
         print("DeepSpeed may compile a CPU extension now; the first time takes about a minute", flush=True)
 
 
-def _refuse_adapters(stage: int, modules: Sequence[Networked]) -> None:
+def _refuse_adapters(stage: int, modules: Sequence[Wrappable]) -> None:
     if stage == 3 and any(hasattr(each.model, "lora") for each in modules):
         raise ValueError("LoRA and ZeRO stage 3: adapters share a base, which cannot be sharded for each")
 

@@ -103,7 +103,7 @@ class Run:
         self._restored: dict[str, Any] | None = None
         self._last = self._logged = 0
         self._due: bool | None = None
-        self._heard = self._stopped = False
+        self._signalled = self._stopped = False
         self._remarks: list[str] = []
         self._seconds_before = 0.0
         self._started = time.monotonic()
@@ -137,14 +137,14 @@ class Run:
 
     @property
     def interrupted(self) -> bool:
-        return self._heard if ranks.world_size() > 1 else self._signals.signum is not None
+        return self._signalled if ranks.world_size() > 1 else self._signals.signum is not None
 
-    def _hear(self) -> bool:
-        """Whether a rank got a signal; all ranks ask at the same places, and so hear the same."""
-        heard = ranks.first_of(self._signals.signum)
-        self._heard = heard is not None
-        self._signals.signum = self._signals.signum or heard
-        return self._heard
+    def _poll_signal(self) -> bool:
+        """Whether any rank got a signal. All ranks call it at the same places, so all get the same answer."""
+        signum = ranks.first_of(self._signals.signum)
+        self._signalled = signum is not None
+        self._signals.signum = self._signals.signum or signum
+        return self._signalled
 
     @property
     def exit_code(self) -> int:
@@ -181,7 +181,7 @@ class Run:
             yield step
             self._last = step
             # A signal after checkpoint_due said no waits a step, so that the last step is always saved.
-            if self._stopped or (self._due is not False and self._hear()):
+            if self._stopped or (self._due is not False and self._poll_signal()):
                 break
         self._progress.stop()
 
@@ -227,7 +227,7 @@ class Run:
         """Whether ``step`` is to be saved: every ``checkpoint_every`` steps, and the last step of the run."""
         every = self.settings.checkpoint_every
         last = step == self.settings.steps or self._stopped
-        self._due = (every > 0 and step % every == 0) or last or self._hear()
+        self._due = (every > 0 and step % every == 0) or last or self._poll_signal()
         return self._due
 
     def save_checkpoint(self, step: int, state: Mapping[str, Any], *, best: bool = False) -> None:

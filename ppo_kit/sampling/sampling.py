@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,8 +16,8 @@ class Sampling:
     own ``generation_config.json`` changes nothing.
 
     ``top_p``, ``top_k`` and ``repetition_penalty`` change the distribution that tokens are drawn from but not
-    the one that is scored, so KL and ratio are then estimates under another distribution; ``rescorable`` says
-    so and a run logs it.
+    the one that is scored, so KL and ratio are then estimates under another distribution; ``unfiltered`` is
+    then False and a run logs it.
 
     A response ends with the token that completes one of the texts ``stop`` in it, special tokens spelled out.
     That token belongs to the response as a whole, also where it goes on after the text, and the response is
@@ -45,8 +46,15 @@ class Sampling:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, needs {need}")
 
     @property
-    def rescorable(self) -> bool:
+    def unfiltered(self) -> bool:
+        """Whether tokens are drawn from the distribution that they are scored under: no filter is on."""
         return self.top_p == 1.0 and self.top_k == 0 and self.repetition_penalty == 1.0
+
+    @property
+    def rescorable(self) -> bool:
+        """The old name of ``unfiltered``; it goes with the next release."""
+        warnings.warn("Sampling: rescorable is called unfiltered now", DeprecationWarning, stacklevel=2)
+        return self.unfiltered
 
     def filters(self) -> LogitsProcessorList:
         """The filters that are on, in the order of transformers' ``generate``."""

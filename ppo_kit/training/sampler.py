@@ -73,7 +73,7 @@ def gathered(batch: TensorDictBase) -> TensorDictBase:
 
 
 def _warn_of_filters(on: Sampling) -> None:
-    if not on.rescorable and ranks.is_main():
+    if not on.unfiltered and ranks.is_main():
         logger.warning(
             "sampling and scoring differ: top_p %s, top_k %s, repetition_penalty %s shape what is drawn, "
             "not the log-probabilities; KL and ratio are estimates under another one: KL can be negative",

@@ -80,6 +80,19 @@ def test_each_field_of_trls_config_has_a_row():
     assert sorted(first) == sorted(TRL_PPO_CONFIG.split())
 
 
+def test_the_defaults_that_the_trl_page_names_are_ppo_maxs(recipe):
+    kind = settings_class(recipe("ppo_max").main)
+    defaults = {field.name: field.default for field in fields(kind)}
+    compared = 0
+    for row in rows("from_trl.md", "| TRL 1.12 |"):
+        names, values = [name for name in named(row[2]) if name in defaults], row[3].split(", ")
+        if names and len(names) == len(values):
+            shown = [", ".join(x) if isinstance(x, tuple) else x for x in (defaults[name] for name in names)]
+            assert [str(x) for x in shown] == [str(type(x)(v)) for x, v in zip(shown, values, strict=True)]
+            compared += 1
+    assert compared > 10
+
+
 def test_each_flag_of_moss_has_a_row():
     first = [name for row in rows("from_moss.md", "| `config_ppo.py` |") for name in named(row[0])]
     assert sorted(first) == sorted(f"--{name}" for name in MOSS_FLAGS.split())

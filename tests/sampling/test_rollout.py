@@ -80,9 +80,11 @@ def test_filters_never_draw_what_they_remove_and_are_flagged(tiny_model, make_ba
     assert set(batch["response_ids"].flatten().tolist()) == set(greedy)
     # Scored by the distribution without the filter: the two kept tokens do not sum to one.
     assert batch["old_log_probs"].exp().unique().sum() < 0.999
-    assert Sampling(5).rescorable
+    assert Sampling(5).unfiltered
     for settings in ({"top_k": 2}, {"top_p": 0.9}, {"repetition_penalty": 1.1}):
-        assert not Sampling(5, **settings).rescorable
+        assert not Sampling(5, **settings).unfiltered
+    with pytest.warns(DeprecationWarning, match="rescorable is called unfiltered now"):
+        assert Sampling(5).rescorable
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.5])
