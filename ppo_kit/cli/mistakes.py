@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import linecache
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,11 +32,12 @@ def one_line(*, debug: bool) -> Iterator[Outcome]:
     """Around a program's body: tell a mistake in one line and set the status to 2; 130 after Ctrl-C.
 
     With ``debug``, and for errors that nobody wrote a message for (``describe`` gives None), nothing is
-    caught.
+    caught. SIGTERM and SIGHUP end the program with a word, until a run takes them.
     """
     outcome = Outcome()
     try:
-        yield outcome
+        with _stopped_with_a_word():
+            yield outcome
     except KeyboardInterrupt:
         if debug:
             raise
@@ -46,6 +49,28 @@ def one_line(*, debug: bool) -> Iterator[Outcome]:
             raise
         print(f"error: {_rank()}{text}", file=sys.stderr)
         outcome.status = 2
+
+
+@contextmanager
+def _stopped_with_a_word() -> Iterator[None]:
+    """Where nothing else takes SIGTERM and SIGHUP, raise ``SystemExit`` on them, 128 + their number."""
+
+    def stop(number: int, frame: object) -> None:
+        print(f"{signal.Signals(number).name}: stopped; no run was under way", file=sys.stderr)
+        raise SystemExit(128 + number)
+
+    numbers = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []  # Python takes no signals there
+    free = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    for number in free:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in free:
+            if signal.getsignal(number) is stop:
+                signal.signal(number, signal.SIG_DFL)
 
 
 def describe(error: Exception) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -156,3 +157,21 @@ def test_the_module_is_the_command():
     )
     assert done.returncode == 0
     assert "ppo_max" in done.stdout
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_a_recipe_imports_ends_with_a_word(tmp_path, capsys, number):
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        (tmp_path / "slow.py").write_text(
+            f"import signal\nsignal.raise_signal({int(number)})\nprint('went on')\n"
+        )
+        with pytest.raises(SystemExit) as ended:
+            main([str(tmp_path / "slow.py")])
+        assert ended.value.code == 128 + number
+        said = capsys.readouterr()
+        assert (said.out, said.err) == ("", f"{number.name}: stopped; no run was under way\n")
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, before)

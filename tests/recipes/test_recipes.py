@@ -202,6 +202,30 @@ def test_ctrl_c_ends_a_run_with_its_files_whole(brought, tmp_path, name):
     AutoModelForCausalLM.from_pretrained(out / "policy")
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_a_step_with_a_nan_is_skipped_where_the_user_says_so(recipe, run, tmp_path, monkeypatch, name):
+    """A score of the second step, in every recipe; the third goes on."""
+    module = recipe(name)
+
+    class Spoiled(module.Session):
+        now = 0
+
+        def steps(self):
+            self.rewards.register_forward_hook(self.spoil)
+            for self.now in super().steps():
+                yield self.now
+
+        def spoil(self, rewards, inputs, batch):
+            batch["score"][1] = torch.where(torch.tensor(self.now == 2), float("nan"), batch["score"][1])
+
+    monkeypatch.setattr(module, "Session", Spoiled)
+    out = run(name, tmp_path / "run", steps=3, skip_faults=1)
+    assert [row["step"] for row in rows(out)] == [1, 3]
+    assert all(value is not None for row in rows(out) for value in row.values())
+    assert [file.name for file in (out / "faults").iterdir()] == ["step-000002.safetensors"]
+    assert all(weight.isfinite().all() for weight in load_file(out / "policy/model.safetensors").values())
+
+
 def test_bad_rows_name_file_and_line_and_can_be_skipped(brought, run, tmp_path, caplog):
     bad = tmp_path / "bad.jsonl"
     with gzip.open(brought["prompts"], "rt") as file:

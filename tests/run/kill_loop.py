@@ -1,14 +1,16 @@
 """Kill a real run with SIGKILL again and again, resume it to the end, and hold it against one left alone.
 
-    python tests/run/kill_loop.py FOLDER KILLS
+    python tests/run/kill_loop.py FOLDER KILLS [ppo_max|grpo]
 
 Half of the kills come at a random moment; the others while a checkpoint is saved: half-way through the file,
-or before a random fsync, rename or removal. The run is PPO-max on models of some thousand parameters. Each
-life is a process forked from this one, which has imported everything: an import takes longer than the run.
+or before a random fsync, rename or removal. The run is PPO-max, or GRPO, on models of some thousand
+parameters. Each life is a process forked from this one, which has imported everything: an import takes longer
+than the run.
 """
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
@@ -31,8 +33,14 @@ from ppo_kit.sandbox import sandbox_config, sandbox_tokenizer
 from ppo_kit.sandbox.world import PROMPT_OF
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
+import grpo
 import ppo_max
 
+RECIPES = {
+    "ppo_max": functools.partial(ppo_max.PPOMax, critic_pretrain_steps=1),
+    "grpo": functools.partial(grpo.GRPOSettings, samples=2),
+}
+MAINS = {"ppo_max": ppo_max.main, "grpo": grpo.main}
 TIMINGS = {"tokens_per_second", "seconds_rollout", "seconds_score", "seconds_train"}
 
 
@@ -56,14 +64,13 @@ def user(folder: Path) -> dict[str, object]:
         "policy": str(folder / "policy"),
         "reward": (str(folder / "reward"),),
         "prompts": folder / "prompts.jsonl",
-        "critic_pretrain_steps": 1,
         "steps": 8,
         "checkpoint_every": 1,
         **sizes,
     }
 
 
-def live(settings: ppo_max.PPOMax, log: Path, *, die_at: int | None = None) -> int:
+def live(recipe: str, log: Path, *, die_at: int | None = None, **settings: object) -> int:
     """Start a life; returns its process id. ``die_at``: the call, while saving, that it does not survive."""
     process = os.fork()
     if process:
@@ -77,7 +84,7 @@ def live(settings: ppo_max.PPOMax, log: Path, *, die_at: int | None = None) -> i
         report.draw_dashboard = lambda folder: None
         if die_at is not None:
             _die_while_saving(die_at)
-        code = ppo_max.main(settings)
+        code = MAINS[recipe](RECIPES[recipe](**settings))
     finally:
         os._exit(code)
 
@@ -136,11 +143,11 @@ def _listed(value: object) -> object:
     return [_listed(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def main(folder: Path, kills: int) -> None:
+def main(folder: Path, kills: int, recipe: str = "ppo_max") -> None:
     draw = random.Random(kills)
     given = user(folder)
     started = time.monotonic()
-    assert os.waitpid(live(ppo_max.PPOMax(**given, out=folder / "whole"), folder / "log"), 0)[1] == 0
+    assert os.waitpid(live(recipe, folder / "log", **given, out=folder / "whole"), 0)[1] == 0
     alone = time.monotonic() - started
     whole = content(folder / "whole")
     counts = {"any moment": 0, "while saving": 0, "half-written left": 0, "runs": 0, "lives": 0}
@@ -150,7 +157,7 @@ def main(folder: Path, kills: int) -> None:
             resume = has_checkpoint(out / "checkpoints")  # without one it is started again in its folder
             while_saving = draw.random() < 0.5
             die_at = draw.randint(1, 16) if while_saving else None
-            process = live(ppo_max.PPOMax(**given, out=out, resume=resume), folder / "log", die_at=die_at)
+            process = live(recipe, folder / "log", die_at=die_at, **given, out=out, resume=resume)
             counts["lives"] += 1
             if not while_saving:
                 time.sleep(draw.uniform(0.1, 0.9) * alone)
@@ -168,4 +175,4 @@ def main(folder: Path, kills: int) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
