@@ -115,6 +115,11 @@ def test_the_installed_command_lists_and_copies_its_recipes(run, environment, tm
         assert f" {recipe.stem} " in listed.stdout
         assert run("ppo-kit", "copy", recipe.stem).returncode == 0
         assert (tmp_path / recipe.name).read_text() == recipe.read_text()
+    helped = run("python", "-X", "importtime", "ppo_max.py", "--help")
+    assert "--kl-coef FLOAT" in helped.stdout
+    assert not {"torch", "transformers"} & {
+        line.rpartition("| ")[2].strip() for line in helped.stderr.split("\n")
+    }
 
 
 def test_a_recipe_and_a_variant_of_it_run_away_from_the_repository(run, tmp_path, save_sandbox_models):
