@@ -18,7 +18,7 @@ from ppo_kit.engine import ranks
 from ppo_kit.engine.optimizer import NotFinite, Optimizer
 from ppo_kit.engine.settings import EngineSettings, bf16_is_slow
 from ppo_kit.modules.base import require
-from ppo_kit.modules.pieces import lengths_of, plan_pieces, put_back, take
+from ppo_kit.modules.pieces import GPU_PASS_COST, PASS_COST, lengths_of, plan_pieces, put_back, take
 from ppo_kit.modules.splits import check_sizes, with_counts
 
 logger = logging.getLogger(__name__)
@@ -128,8 +128,8 @@ class Engine(ABC):
         """
         check_sizes("micro_batches", minibatch, size=size)
         counted = minibatch if "num_tokens" in minibatch else with_counts(minibatch.copy())
-        lengths, tokens = lengths_of(counted), self.settings.micro_batch_tokens
-        for rows in plan_pieces(lengths, size, tokens=tokens, multiple=self.world_size):
+        lengths = lengths_of(counted)
+        for rows in self._plan(lengths, size, multiple=self.world_size):
             yield ranks.share(take(counted, rows, lengths)).to(self.device)
 
     @torch.no_grad()
@@ -141,14 +141,19 @@ class Engine(ABC):
         for key in module.in_keys:
             require(batch, key, type(module).__name__)
         read, width = batch.select(*module.in_keys), batch["response_mask"].shape[1]
-        lengths, tokens = lengths_of(read), self.settings.micro_batch_tokens
+        lengths = lengths_of(read)
         # Each rank has rows of its own here, and a forward of sharded weights is one of all ranks.
         agree = ranks.largest if self.sharded else None
-        plan = plan_pieces(lengths, size, tokens=tokens, agree=agree)
+        plan = self._plan(lengths, size, agree=agree)
         pieces = [module(take(read, rows, lengths)).select(*module.out_keys) for rows in plan]
         for key in module.out_keys:
             batch.set(key, put_back([piece[key] for piece in pieces], plan, width))
         return batch
+
+    def _plan(self, lengths: Tensor, size: int, **shared: Any) -> list[list[int]]:
+        tokens = self.settings.micro_batch_tokens
+        cost = PASS_COST if self.device.type == "cpu" else GPU_PASS_COST
+        return plan_pieces(lengths, size, tokens=tokens, pass_cost=cost, **shared)
 
     def step(self, batch: TensorDictBase, *optimizers: Optimizer) -> list[float]:
         """A step of each optimizer, or of none: all gradients are looked at before the first weight moves.

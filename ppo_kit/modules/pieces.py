@@ -16,6 +16,8 @@ from ppo_kit.modules.splits import check_sizes, with_counts
 PASS_COST = 64
 """What a pass costs beside its slots, in slots. Measured on a CPU: 30 to 90 for a model of 1.1M parameters,
 15 for one of 23M."""
+GPU_PASS_COST = 4096
+"""The same on a GPU. An estimate, not measured: 10 to 30 ms of kernel launches against 1 to 15 µs a token."""
 
 
 def micro_batches(
@@ -71,12 +73,13 @@ def plan_pieces(
     size: int,
     *,
     tokens: int = 0,
+    pass_cost: int = PASS_COST,
     multiple: int = 1,
     agree: Callable[[Tensor], Tensor] | None = None,
 ) -> list[list[int]]:
     """The rows of each piece: those whose passes cost least, longest rows first.
 
-    A piece of n rows costs n · (widest prompt + widest response) + ``PASS_COST`` slots. Rows are put in order
+    A piece of n rows costs n · (widest prompt + widest response) + ``pass_cost`` slots. Rows are put in order
     by length, and the cuts of that order with the least sum are found by dynamic programming; of the orders
     by total, response and prompt length the best is taken. So rows of one length stay in few large pieces,
     and ragged ones are cut where that saves more padding than another pass costs.
@@ -100,7 +103,7 @@ def plan_pieces(
     count = len(lengths)
     whole, least = count * int(lengths.amax(0).sum()), int(lengths.sum())
     fits = count <= size * multiple and whole <= (tokens * multiple or whole)
-    if agree is None and fits and whole - least <= PASS_COST * multiple:
+    if agree is None and fits and whole - least <= pass_cost * multiple:
         return [list(range(count))]  # no cut could pay
     prompt, response = lengths.unbind(1)
     # Stable sorts: rows of one length keep their order.
@@ -118,7 +121,7 @@ def plan_pieces(
     # Of rows that ranks share, the longest of each hand that is dealt.
     filler = -count % multiple
     hands = torch.nn.functional.pad(ordered, (0, 0, 0, filler)).unflatten(1, (-1, multiple)).amax(2)
-    plans = [_cheapest_cuts(each.tolist(), size, tokens) for each in hands]
+    plans = [_cheapest_cuts(each.tolist(), size, tokens, pass_cost) for each in hands]
     best = min(range(len(plans)), key=lambda index: plans[index][0])
     order, cuts = orders[best].tolist(), plans[best][1]
     pieces = [order[first * multiple : last * multiple] for first, last in pairwise(cuts)]
@@ -184,7 +187,9 @@ def _extent(mask: Tensor) -> Tensor:
     return torch.where(mask, place, 0).amax(-1) if mask.shape[-1] else mask.sum(-1)
 
 
-def _cheapest_cuts(lengths: Sequence[Sequence[int]], size: int, tokens: int) -> tuple[int, list[int]]:
+def _cheapest_cuts(
+    lengths: Sequence[Sequence[int]], size: int, tokens: int, pass_cost: int
+) -> tuple[int, list[int]]:
     """(cost, [0, …, B]): the cuts of the rows in this order whose pieces cost least."""
     count = len(lengths)
     best = [0] + [-1] * count
@@ -196,7 +201,7 @@ def _cheapest_cuts(lengths: Sequence[Sequence[int]], size: int, tokens: int) -> 
             slots = (end - first) * (prompt + response)
             if tokens and slots > tokens and first < end - 1:
                 break
-            cost = best[first] + slots + PASS_COST
+            cost = best[first] + slots + pass_cost
             if best[end] < 0 or cost <= best[end]:
                 best[end], start[end] = cost, first
     cuts = [count]

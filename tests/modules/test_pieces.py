@@ -62,6 +62,12 @@ def test_ranks_share_each_piece_evenly(rows, size, ranks):
     assert all(len(piece) <= size * ranks for piece in plan)
 
 
+def test_the_dearer_a_pass_the_fewer_pieces():
+    lengths = torch.stack([torch.full((64,), 32), torch.arange(1, 65) * 8], 1)
+    counts = [len(plan_pieces(lengths, 64, pass_cost=cost)) for cost in (0, 64, 4096, 10**6)]
+    assert counts[0] == 64 > counts[1] > counts[2] > counts[3] == 1
+
+
 def test_ranks_with_rows_of_their_own_agree_on_the_number_of_pieces():
     lengths = [torch.tensor([[1, 300], [1, 10], [1, 12]]), torch.tensor([[1, 10], [1, 11], [1, 9]])]
     alone = [len(plan_pieces(each, 3)) for each in lengths]
