@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ppo_kit.models.adapted_linear import fuse
 from ppo_kit.models.adapter_check import check_adapter
 from ppo_kit.models.policy import checkpoint_activations, disable_dropout
 from ppo_kit.models.save import save_weights
@@ -138,6 +139,8 @@ class LoRA:
                 raise ValueError(f"LoRA on {self.model.config.model_type}: peft says: {error}") from None
         self.names.append(name)
         self.layers = {key: layer for key, layer in self.model.named_modules() if hasattr(layer, "lora_A")}
+        for layer in self.layers.values():
+            fuse(layer)
         self._switch(self.active)
         if len(self.names) == 1 and self.model.device.type != "meta":
             check_adapter(self, name)

@@ -1,0 +1,75 @@
+"""An adapted layer as one function: W x + b + s B A x, in fewer passes over its output than peft's."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def fuse(layer: Any) -> None:
+    """Let ``layer``, a linear layer that peft adapts, compute as one function from now on.
+
+    Its weights, names and settings stay peft's. Layers of another kind are left as they are.
+    """
+    from peft.tuners.lora import Linear
+
+    if type(layer) is Linear and type(layer.base_layer) is nn.Linear:
+        layer.__class__ = _fused()
+
+
+@cache
+def _fused() -> type:
+    from peft.tuners.lora import Linear
+
+    class FusedLinear(Linear):
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if self.disable_adapters or self.merged or args or kwargs or len(self.active_adapters) != 1:
+                return super().forward(x, *args, **kwargs)
+            (name,) = self.active_adapters
+            a, b, weight = self.lora_A[name].weight, self.lora_B[name].weight, self.base_layer.weight
+            device = x.device.type
+            if torch.is_autocast_enabled(device):
+                x = x.to(torch.get_autocast_dtype(device))
+            elif not x.dtype == weight.dtype == a.dtype:
+                return super().forward(x)
+            with torch.autocast(device, enabled=False):
+                return AdaptedProduct.apply(x, weight, self.base_layer.bias, a, b, self.scaling[name])
+
+    return FusedLinear
+
+
+class AdaptedProduct(torch.autograd.Function):
+    """x Wᵀ + b + s (x Aᵀ) Bᵀ, in the dtype of x [...,in]; W [out,in] and b are constants.
+
+    The adapter's share is added by the product itself, in the forward pass and in the gradient of x, where
+    separate operations write and read [tokens,out] three times more.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
+    ) -> Tensor:
+        tokens = x.reshape(-1, x.shape[-1])
+        out = nn.functional.linear(tokens, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        down = tokens @ a.to(x.dtype).T
+        out.addmm_(down, b.to(x.dtype).T, alpha=scaling)
+        ctx.save_for_backward(tokens, weight, a, b, down)
+        ctx.scaling = scaling
+        return out.view(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        tokens, weight, a, b, down = ctx.saved_tensors
+        of_out = upstream.reshape(-1, upstream.shape[-1])
+        of_down = (of_out @ b.to(of_out.dtype)).mul_(ctx.scaling)
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            of_x = (of_out @ weight.to(of_out.dtype)).addmm_(of_down, a.to(of_out.dtype))
+            of_x = of_x.view(*upstream.shape[:-1], weight.shape[1])
+        of_a = of_down.T @ tokens if ctx.needs_input_grad[3] else None
+        of_b = (of_out.T @ down).mul_(ctx.scaling) if ctx.needs_input_grad[4] else None
+        return of_x, None, None, of_a, of_b, None
