@@ -181,7 +181,7 @@ def padding(subject: Subject) -> tuple[Level, str, str]:
     rows = _inputs(subject.batch[:4])
     wide = _padded(rows, left=5, right=3, fill=int(rows["prompt_ids"][0, -1]))
     width, worst = rows["response_mask"].shape[1], 0.0
-    allowed = BFLOAT16_TOLERANCE if subject.settings.bf16 else TOLERANCE
+    allowed = BFLOAT16_TOLERANCE if subject.settings.bf16 or subject.settings.frozen_bf16 else TOLERANCE
     modules: dict[str, Any] = {
         **{str(module.out_keys[0]): module for module in subject.trained.values()},
         **{

@@ -27,6 +27,9 @@ class EngineSettings:
     bf16: bool = False
     """Compute in bfloat16 over float32 master weights. Slower than float32 on a CPU without bfloat16
     instructions."""
+    frozen_bf16: bool = False
+    """Keep reference and reward models in bfloat16 and compute them in it: half of their memory. Without
+    --bf16 the KL to the reference then starts at the rounding of bfloat16, not at 0."""
     gradient_checkpointing: bool = False
     """Keep one activation per layer and recompute the rest in the backward pass: less memory, more time."""
     micro_batch_tokens: int = 0
@@ -47,6 +50,12 @@ class EngineSettings:
         import torch
 
         return torch.bfloat16 if self.bf16 else torch.float32
+
+    @property
+    def frozen_dtype(self) -> torch.dtype:
+        import torch
+
+        return torch.bfloat16 if self.bf16 or self.frozen_bf16 else torch.float32
 
 
 def bf16_is_slow(device: torch.device) -> bool:

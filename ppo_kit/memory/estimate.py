@@ -81,7 +81,8 @@ def estimate_memory(
     program = _resident() + FIRST_USE
     zero = sharding.zero_stage > 0
     with torch.device("meta"):
-        step = SimulatedStep(policy, reward, work, work.dtype if zero else torch.float32)
+        weights = work.dtype if zero else torch.float32
+        step = SimulatedStep(policy, reward, work, weights, all_logits=sharding.zero_stage == 3)
     phases, why = _phases(step, keep_gradients=not zero)
     trained, itemsize = sum(p.numel() for p in step.trainable), step.trainable[0].itemsize
     items = sharding.items(step.weights, trained, itemsize=itemsize, gpu=gpu)

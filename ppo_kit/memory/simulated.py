@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from ppo_kit.functional.tiled_logits import tile_size
 from ppo_kit.memory.workload import Workload
+from ppo_kit.models.frozen import store_in_bfloat16
 from ppo_kit.models.head import plain_model
 from ppo_kit.models.load import freeze_below
 from ppo_kit.models.lora import LoRA
@@ -21,9 +22,19 @@ from ppo_kit.models.source import config_source
 class SimulatedStep:
     """The models of a run, and what happens to them in a step, on tensors without data."""
 
-    def __init__(self, policy: str, reward: str | None, work: Workload, dtype: torch.dtype) -> None:
-        """``dtype`` is that of the weights."""
-        self.work, self.dtype = work, dtype
+    def __init__(
+        self,
+        policy: str,
+        reward: str | None,
+        work: Workload,
+        dtype: torch.dtype,
+        *,
+        all_logits: bool = False,
+    ) -> None:
+        """``dtype`` is that of the weights; ``all_logits``: policy and reference hold [B,T,V], as they do
+        where weights are sharded.
+        """
+        self.work, self.dtype, self.all_logits = work, dtype, all_logits
         self.weights: dict[str, tuple[int, str]] = {}
         self._counted: set[int] = set()
         self.policy = self._made("policy", _causal(policy, dtype))
@@ -39,11 +50,11 @@ class SimulatedStep:
                 self.bases.append(lora.model)
             self.critic = self._made("critic", lora.scalar("critic"), f"adapter on the {on}")
         else:
-            self.reference = self._made("reference", _causal(policy, dtype))
+            self.reference = self._made("reference", self._frozen(_causal(policy, dtype)))
             self.critic = self._made("critic", _scalar(reward or policy, dtype))
             self.bases = [self.policy, self.reference, self.critic]
             if reward is not None:
-                self.reward = self._made("reward model", _scalar(reward, dtype))
+                self.reward = self._made("reward model", self._frozen(_scalar(reward, dtype)))
                 self.bases.append(self.reward)
             for model in (self.policy, self.critic):
                 freeze_below(model, work.train_layers)
@@ -69,6 +80,11 @@ class SimulatedStep:
                         is_weight = isinstance(old, nn.Parameter)
                         made[id(old)] = (old, nn.Parameter(new, old.requires_grad) if is_weight else new)
                     held[name] = made[id(old)][1]
+
+    def _frozen(self, model: nn.Module) -> nn.Module:
+        if self.work.frozen_bf16:
+            store_in_bfloat16(model.requires_grad_(False))
+        return model
 
     def _made(self, name: str, model: nn.Module, why: str = "") -> Any:
         tensors = [x for x in (*model.parameters(), *model.buffers()) if id(x) not in self._counted]
@@ -97,10 +113,11 @@ class SimulatedStep:
     @torch.no_grad()
     def score(self) -> None:
         rows = min(self.work.micro_batch_size, self.work.rollout_size)
-        self._log_probs(self.reference, rows)
-        self._scalars(self.critic, rows)
+        frozen = torch.bfloat16 if self.work.frozen_bf16 else self.work.dtype
+        self._log_probs(self.reference, rows, frozen)
+        self._scalars(self.critic, rows, self.work.dtype)
         if self.reward is not None:
-            self._scalars(self.reward, rows)
+            self._scalars(self.reward, rows, frozen)
 
     def train(self, *, keep_gradients: bool) -> None:
         """One optimizer step's micro-batches; ZeRO takes gradients away as they come."""
@@ -111,25 +128,45 @@ class SimulatedStep:
             for parameter in self.trainable:
                 parameter.register_post_accumulate_grad_hook(_drop)
         for _ in range(2 if self.work.micro_batch_size < self.work.minibatch_size else 1):
-            self._log_probs(self.policy, rows).sum().backward()
-            self._scalars(self.critic, rows).sum().backward()
+            self._log_probs(self.policy, rows, self.work.dtype).sum().backward()
+            self._scalars(self.critic, rows, self.work.dtype).sum().backward()
         for parameter in self.trainable:
             parameter.grad = None
 
-    def _log_probs(self, model: Any, rows: int) -> Tensor:
+    def _log_probs(self, model: Any, rows: int, dtype: torch.dtype) -> Tensor:
         """As ``Policy`` reads them, of every response token; without the loop over the vocabulary."""
         work = self.work
-        with autocast(model, work.dtype):
+        if self.all_logits:
+            return self._from_logits(model, rows, dtype)
+        with autocast(model, dtype):
             hidden = model.base_model(
                 **_inputs(rows, work.prompt_tokens + work.max_new_tokens), use_cache=False
             ).last_hidden_state
         at = torch.zeros(rows * work.max_new_tokens, dtype=torch.int64)
         weight = plain_model(model).get_output_embeddings().weight
-        states = hidden.flatten(0, 1).index_select(0, at).to(work.dtype)
+        states = hidden.flatten(0, 1).index_select(0, at).to(dtype)
         return _Readings.apply(states, weight)
 
-    def _scalars(self, model: Any, rows: int) -> Tensor:
-        with autocast(model, self.work.dtype):
+    def _from_logits(self, model: Any, rows: int, dtype: torch.dtype) -> Tensor:
+        work = self.work
+        with autocast(model, dtype):
+            logits = model(
+                **_inputs(rows, work.prompt_tokens + work.max_new_tokens),
+                use_cache=False,
+                logits_to_keep=work.max_new_tokens + 1,
+            ).logits[:, :-1]
+        logits = logits.float() / 1.0
+        ids = torch.zeros(rows, work.max_new_tokens, 1, dtype=torch.int64)
+        log_probs = logits.log_softmax(-1).gather(-1, ids)
+        if torch.is_grad_enabled():  # the policy's, whose entropy is read as well
+            with torch.no_grad():
+                log_p = logits.log_softmax(-1)
+                surprise = torch.where(log_p != -torch.inf, -log_p, 0.0)
+                (log_p.exp() * surprise).sum(-1)
+        return log_probs
+
+    def _scalars(self, model: Any, rows: int, dtype: torch.dtype) -> Tensor:
+        with autocast(model, dtype):
             hidden = model.base_model(
                 **_inputs(rows, self.work.prompt_tokens + self.work.max_new_tokens), use_cache=False
             ).last_hidden_state

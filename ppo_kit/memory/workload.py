@@ -28,6 +28,7 @@ class Workload:
     train_layers: int = -1
     lora_rank: int = 0
     gradient_checkpointing: bool = False
+    frozen_bf16: bool = False
     dtype: torch.dtype = field(default_factory=_float32)
 
     def on_each_of(self, ranks: int) -> Workload:

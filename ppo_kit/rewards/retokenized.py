@@ -37,7 +37,7 @@ class RetokenizedReward(BatchModule):
         ending: ``template`` closes the answer as the reward model's template does, as most published ones
             were trained and are used. ``end_of_turn`` stops at the end-of-turn token, and leaves it out of a
             truncated response, as ``recipes/reward_model.py`` trains.
-        micro_batch_size: dialogues a forward.
+        micro_batch_size: dialogues a forward. dtype: what the model computes in, as ``RewardModel``.
 
     Raises:
         ValueError: the tokenizer has no chat template, or more tokens than the model has rows; a dialogue
@@ -57,6 +57,7 @@ class RetokenizedReward(BatchModule):
         *,
         ending: Ending = "template",
         micro_batch_size: int = 16,
+        dtype: torch.dtype = torch.float32,
         out_keys: Sequence[NestedKey] | None = None,
     ) -> None:
         super().__init__(out_keys=out_keys)
@@ -65,7 +66,7 @@ class RetokenizedReward(BatchModule):
         if micro_batch_size < 1:
             raise ValueError(f"micro_batch_size: got {micro_batch_size}, needs at least 1")
         check_embeddings(model, tokenizer, "the reward model")
-        self.reward = RewardModel(model.requires_grad_(False))
+        self.reward = RewardModel(model.requires_grad_(False), dtype=dtype)
         self.tokenizer, self.policy_tokenizer = tokenizer, policy_tokenizer
         self.ending, self.micro_batch_size = ending, micro_batch_size
         self.chat = Chat(tokenizer)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
 from tensordict.nn import TensorDictModuleBase
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -29,6 +30,7 @@ from ppo_kit.models import (
     load_tokenizer,
     text_difference,
 )
+from ppo_kit.models.frozen import store_in_bfloat16
 from ppo_kit.rewards import RetokenizedReward, Rewards, RewardSpec, TextReward, load_function, parse_rewards
 from ppo_kit.training.scoring import InMicroBatches
 from ppo_kit.training.settings import RLSettings
@@ -86,12 +88,19 @@ def load_models(
                          "sharded for both; use stage 0, 1 or 2")  # fmt: skip
     if settings.lora_rank and settings.train_layers >= 0:
         raise ValueError("--train-layers and --lora-rank exclude each other: LoRA trains every layer")
+    if settings.frozen_bf16 and (settings.lora_rank or engine.sharded):
+        raise ValueError("--frozen-bf16: with --lora-rank the frozen model is what the policy computes with, "
+                         "and with --zero-stage 3 it is sharded as it is read; leave it out")  # fmt: skip
     components = {
         name: _component(source, tokenizer, sandbox_reward) for name, (source, _) in rewards.items()
     }
     with engine.loading():
         trained, frozen = _policy_and_reference(settings, engine, tokenizer, policy, reference=reference)
         valued = _critic_and_rewards(settings, engine, tokenizer, policy, components, critic=critic)
+    if settings.frozen_bf16:
+        models = [each.model for each in components.values() if isinstance(each, _Scored)]
+        for model in filter(None, (frozen, *models)):
+            store_in_bfloat16(model.requires_grad_(False))
     known = ids_with_token(tokenizer)
     # Where every row of the head is a token there is nothing to mask.
     whole = bool(known.all()) and len(known) == trained.config.get_text_config(decoder=True).vocab_size
@@ -100,10 +109,11 @@ def load_models(
         "dtype": settings.compute_dtype,
         "valid_ids": None if whole else known,
     }
+    still = {"dtype": settings.frozen_dtype}
     modules = {name: _module(each, tokenizer, settings, engine) for name, each in components.items()}
     return Models(
         policy=Policy(trained, **sampled),
-        reference=None if frozen is None else Reference(frozen, **sampled),
+        reference=None if frozen is None else Reference(frozen, **{**sampled, **still}),
         critic=None if valued is None else Critic(valued, dtype=settings.compute_dtype),
         rewards=Rewards(modules, {name: weight for name, (_, weight) in rewards.items()}),
     )
@@ -286,6 +296,7 @@ def _module(
         return TextReward(component, tokenizer)
     model = component.model.requires_grad_(False)
     if component.same_text:
-        reward = RewardModel(model, dtype=settings.compute_dtype)
+        reward = RewardModel(model, dtype=settings.frozen_dtype)
         return InMicroBatches(reward, engine, settings.micro_batch_size)
-    return RetokenizedReward(model, component.tokenizer, tokenizer)
+    dtype = torch.bfloat16 if settings.frozen_bf16 else torch.float32
+    return RetokenizedReward(model, component.tokenizer, tokenizer, dtype=dtype)

@@ -27,6 +27,7 @@ from ppo_kit.models import (
     load_causal_lm,
     load_scalar_model,
 )
+from ppo_kit.models.frozen import store_in_bfloat16
 from ppo_kit.models.lora import LoRA
 from ppo_kit.modules import (
     GAE,
@@ -53,6 +54,10 @@ def take_steps(
         policy, reference = Policy(actor, **dtype), Reference(copy.deepcopy(actor), **dtype)
         critic = Critic(copy.deepcopy(scalar), **dtype)
         reward = RewardModel(scalar.requires_grad_(False), **dtype)
+        if work.frozen_bf16:
+            for module in (reference, reward):
+                store_in_bfloat16(module.model)
+                module.dtype = torch.bfloat16
         for model in (policy.model, critic.model):
             freeze_below(model, work.train_layers)
     optimizers = [Optimizer(model, lr=1e-5, steps=9) for model in (policy, critic)]

@@ -291,3 +291,19 @@ def test_a_model_needs_its_tokenizer(brought):
     policy = AutoModelForCausalLM.from_pretrained(brought["policy"])
     with pytest.raises(ValueError, match="tokenizer"):
         Session(policy=policy, reward=brevity, prompts=["x"])
+
+
+def test_frozen_models_in_bfloat16_train_as_ever(brought, tmp_path):
+    settings = PPOSettings(**brought, steps=2, out=tmp_path / "run", frozen_bf16=True)
+    run = Session(settings, "ppo")
+    dtypes = {each.model.base_model.layers[0].mlp.up_proj.weight.dtype for each in (run.policy, run.critic)}
+    assert dtypes == {torch.float32}
+    assert run.reference.model.base_model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+    train(run)
+    assert all(row["kl"] == pytest.approx(0, abs=0.05) for row in rows(tmp_path / "run"))
+
+
+def test_frozen_models_that_the_policy_computes_with_stay_float32(brought, tmp_path):
+    settings = PPOSettings(**brought, steps=1, out=tmp_path / "run", frozen_bf16=True, lora_rank=2)
+    with pytest.raises(ValueError, match="--frozen-bf16: with --lora-rank"):
+        Session(settings, "ppo")
