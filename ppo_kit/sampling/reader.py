@@ -11,6 +11,10 @@ from ppo_kit.engine import ranks
 from ppo_kit.models.policy import Policy, cache_of
 from ppo_kit.models.sequence import positions_of
 from ppo_kit.sampling.cache import grow_in_blocks, is_movable
+from ppo_kit.sampling.llama import SmallLlama, is_small_llama
+
+WORTH = 8
+"""Tokens from which on it pays to copy a small model's weights."""
 
 
 class Reader:
@@ -40,22 +44,45 @@ class Reader:
             self.cache.reorder_cache(copies)
             self.logits = self.logits[copies]
         grow_in_blocks(self.cache)
-        self.seen = ids.shape[1]
+        self.fast: SmallLlama | None = None
+        self.tried, self.seen = room < WORTH, ids.shape[1]
         self.position = mask.sum(1, keepdim=True)
         self.padded = not bool(mask.all())
         self.mask = torch.cat([mask, mask.new_ones(len(mask), room)], 1).long()
 
     def read(self, token: Tensor) -> None:
         """Read one more token [B] of each row."""
-        self.seen += 1
-        mask = self.mask[:, : self.seen] if self.padded else None  # None: transformers looks for no padding
-        self._read(token[:, None], mask, self.position, self.cache)
+        if self.fast is not None:
+            self.logits = self.policy.scaled(self.fast.read(token, self.position))
+        else:
+            llama = None if self.tried else self._llama()
+            self.seen += 1
+            mask = (
+                self.mask[:, : self.seen] if self.padded else None
+            )  # None: transformers looks for no padding
+            self._read(token[:, None], mask, self.position, self.cache)
+            if llama is not None:
+                found = self.policy.scaled(llama.read(token, self.position))
+                # The model has the last word, whatever a version of transformers changed.
+                if torch.allclose(found, self.logits, rtol=1e-4, atol=1e-4 / self.policy.temperature):
+                    self.fast, self.cache = llama, None
         self.position = self.position + 1
 
     def select(self, rows: Tensor) -> None:
         """Go on with ``rows`` (int64 indices) alone."""
-        self.cache.reorder_cache(rows)
+        if self.fast is not None:
+            self.fast.select(rows)
+        else:
+            self.cache.reorder_cache(rows)
         self.mask, self.position = self.mask[rows], self.position[rows]
+
+    def _llama(self) -> SmallLlama | None:
+        """The model in fused operations, before its next token; None where it is another model."""
+        self.tried = True
+        if not self.movable or not is_small_llama(self.policy):
+            return None
+        mask = self.mask[:, : self.seen] if self.padded else None
+        return SmallLlama(self.policy.model, self.cache, mask, self.mask.shape[1])
 
     def _read(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any) -> None:
         out = self.policy.call(
