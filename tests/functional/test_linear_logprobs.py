@@ -206,6 +206,14 @@ def test_an_id_that_cannot_be_drawn_has_no_probability_and_no_gradient() -> None
     assert not weight.grad[~valid].any()
 
 
+def test_in_float32_the_slope_of_a_cap_at_an_excluded_id_does_not_overflow() -> None:
+    hidden, weight, _, ids, valid = head_case(1)
+    hidden, weight = hidden.float().requires_grad_(), weight.float().requires_grad_()
+    found = linear_token_log_probs(hidden, weight, ids, valid_ids=valid, softcap=1.5)
+    for gradient in torch.autograd.grad(found.sum(), (hidden, weight)):
+        assert gradient.isfinite().all()
+
+
 def test_a_frozen_head_is_not_read_again_in_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, _, ids, _ = head_case(1)
     found = linear_log_probs_and_entropy(hidden.requires_grad_(), weight, ids)[0]
