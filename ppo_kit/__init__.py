@@ -1,3 +1,3 @@
 """Composable PPO components for RLHF of language models."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -7,7 +7,9 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import yaml
 
+import ppo_kit
 from ppo_kit import functional, models, modules
 from ppo_kit.cli.recipe import settings_class
 from ppo_kit.training import PPOSettings
@@ -109,6 +111,14 @@ def test_flags_that_the_pages_send_to_exist(page, recipe):
     }
     flags = {flag.replace("-", "_") for flag in re.findall(r"--([a-z][a-z-]+)", text)}
     assert flags - known <= {"diff", "base", "preset"}
+
+
+def test_one_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    changes = re.search(r"^## (\d\S+) - (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert changes is not None
+    assert ppo_kit.__version__ == citation["version"] == changes[1]
+    assert citation["date-released"] == changes[2]
 
 
 def test_the_index_leads_to_every_page():
