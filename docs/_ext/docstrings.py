@@ -10,7 +10,7 @@ from typing import Any
 from sphinx.application import Sphinx
 from sphinx.util.inspect import signature, stringify_signature
 
-FLAG = re.compile(r"(?<![\w`-])(--[a-z][a-z-]*)")
+FLAG = re.compile(r"(?<![\w`-])(--[a-z][a-z0-9-]*)")
 LITERAL = re.compile(r"(``.*?``)")
 
 

@@ -19,7 +19,7 @@ from sphinx.pycode import ModuleAnalyzer
 import ppo_kit
 
 ROOT = Path(__file__).parents[2]
-FLAG = re.compile(r"(?<![\w`-])(--[a-z][a-z-]*)")
+FLAG = re.compile(r"(?<![\w`-])(--[a-z][a-z0-9-]*)")
 PACKAGES = {
     "functional": "The maths, as pure functions over tensors",
     "modules": "Modules over the batch: shaping, losses, state",

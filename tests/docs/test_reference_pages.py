@@ -86,7 +86,7 @@ def test_several_arguments_of_one_line_are_told_apart(extension):
     ("written", "read"),
     [
         (["|H − δ| and ``|x|``"], [r"\|H − δ\| and ``|x|``"]),
-        (["as --keep-best does"], ["as ``--keep-best`` does"]),
+        (["as --bf16 and --keep-best do"], ["as ``--bf16`` and ``--keep-best`` do"]),
         (["``Objective``s of them"], [r"``Objective``\ s of them"]),
         (["so::", "", "    a | b", "", "c | d"], ["so::", "", "    a | b", "", r"c \| d"]),
         (
