@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import table
 import torch
 from lockstep.cases import CASES, Case
 from lockstep.models import counting_case
@@ -82,3 +83,8 @@ def test_the_cases_fit_their_models():
         assert case.model != "counting" or case.longest <= case.hidden, name
         assert min(case.lengths) == case.shortest, name
         assert max(case.lengths) == case.longest, name
+
+
+def test_the_readmes_tables_are_those_of_the_results():
+    page = Path(table.__file__).with_name("README.md").read_text()
+    assert table.filled(page) == page
