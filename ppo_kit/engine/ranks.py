@@ -35,7 +35,7 @@ def rank() -> int:
 
 
 def is_main() -> bool:
-    """Whether this is rank 0, which writes files and talks."""
+    """Whether this is rank 0, which writes files and prints."""
     return rank() == 0
 
 

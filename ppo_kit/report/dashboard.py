@@ -175,7 +175,7 @@ def _draw_distribution(axes: Axes, scores: Mapping[int, Sequence[float | None]])
     pooled = [np.array([v for step in group for v in scores[step] if v is not None]) for group in groups]
     everything = np.concatenate(pooled)
     low, high = everything.min(), everything.max()
-    # As fine as the number of scores bears.
+    # As many bins as the number of scores allows.
     count = int(np.clip(2 * np.sqrt(len(everything) / len(pooled)), 8, 40))
     levels = np.linspace(low, high if high > low else low + 1, count + 1)
     share = np.stack([np.histogram(column, levels)[0] / len(column) for column in pooled], axis=1)

@@ -61,7 +61,7 @@ class Run:
     first step, then after the current step, and at once when a second one comes.
 
     Where there are several ranks, each has a run of its own and calls the same methods; rank 0 writes and
-    talks, all end together when one gets a signal, and checkpoints hold what ``engine`` gathers from all.
+    prints, all end together when one gets a signal, and checkpoints hold what ``engine`` gathers from all.
 
     Constructing a run seeds torch's global generator with ``settings.seed`` and sets the number of threads.
 
