@@ -24,16 +24,17 @@ MANY_TRUNCATED = 0.25
 def memory(subject: Subject) -> tuple[Level, str, str]:
     """The estimated peak fits what the machine has free."""
     settings, rewards = subject.settings, list(subject.reward_models.values())
-    first = rewards[0] if rewards else None
     try:
-        estimate = estimate_memory(settings.policy, first, work=settings.workload, sharding=settings.sharding)
+        estimate = estimate_memory(
+            settings.policy,
+            rewards,
+            critic=subject.has_critic,
+            work=settings.workload,
+            sharding=settings.sharding,
+        )
     except Exception as error:  # an aid: what is wrong with a model is found by the checks that load it
         return "warn", f"not estimated: {str(error).splitlines()[0]}", "watch the memory of the first steps"
     found = f"{estimate}"
-    if len(rewards) > 1:
-        found += f"; of {len(rewards)} reward models the first is counted"
-    if not subject.has_critic:
-        found += "; with a critic, which this run does not have"
     if not estimate.fits:
         return (
             "fail",

@@ -15,7 +15,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Print the estimate; returns 1 where it exceeds what is available."""
     parser = argparse.ArgumentParser(prog="python -m ppo_kit.memory", description=DESCRIPTION)
     parser.add_argument("--policy", required=True, help="smollm2, a folder or a Hub id; its config is read")
-    parser.add_argument("--reward", help="reward model, likewise; none if not given")
+    parser.add_argument("--reward", nargs="*", default=[], help="reward models, likewise; none if not given")
+    parser.add_argument("--no-critic", action="store_true", help="of a recipe without one: grpo, rloo, ...")
     defaults = {field.name: field.default for field in fields(Workload)}
     for name in ("rollout_size", "minibatch_size", "micro_batch_size", "prompt_tokens", "max_new_tokens",
                  "train_layers", "lora_rank"):  # fmt: skip
@@ -34,9 +35,10 @@ def main(arguments: list[str] | None = None) -> int:
     from ppo_kit.memory.estimate import estimate_memory
 
     policy, reward, device = (chosen.pop(name) for name in ("policy", "reward", "device"))
+    critic = not chosen.pop("no_critic")
     dtype = torch.bfloat16 if chosen.pop("bf16") else torch.float32
     sharding = Sharding(**{field.name: chosen.pop(field.name) for field in fields(Sharding)})
     work = Workload(**chosen, dtype=dtype)
-    estimate = estimate_memory(policy, reward, work=work, sharding=sharding, device=device)
+    estimate = estimate_memory(policy, reward, critic=critic, work=work, sharding=sharding, device=device)
     print(estimate)
     return 0 if estimate.fits else 1

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,18 +58,22 @@ class MemoryEstimate:
 
 def estimate_memory(
     policy: str,
-    reward: str | None = None,
+    rewards: str | Sequence[str] = (),
     *,
+    critic: bool = True,
+    reference: bool = True,
     work: Workload | None = None,
     sharding: Sharding | None = None,
     device: str | None = None,
 ) -> MemoryEstimate:
-    """The peak of a PPO run with this policy and reward model, by name, folder or Hub id; with ``sharding``,
-    of each rank of it. ``device`` is cpu or cuda, by default the one that is there.
+    """The peak of a run with this policy and these reward models, by name, folder or Hub id.
 
-    Policy, reference, critic and reward model are float32. Without LoRA the reference is a copy of the policy
-    and the critic one of the reward model. With it the reference is the policy with its adapter off, and the
-    critic an adapter on the reward model (on the policy, where there is no reward model).
+    With ``sharding``, of each rank of it. ``device`` is cpu or cuda, by default the one that is there.
+
+    Policy, reference, critic and reward models are float32. Without LoRA the reference is a copy of the
+    policy and the critic one of the first reward model. With it the reference is the policy with its adapter
+    off, and the critic an adapter on the first reward model. Without reward models the critic starts from a
+    copy of the policy. ``critic`` and ``reference`` say whether the run has one.
 
     Peak = program + weights + optimizer states + max(sampling, scoring, gradients + activations of training).
 
@@ -81,11 +86,13 @@ def estimate_memory(
     program = _resident() + FIRST_USE
     zero = sharding.zero_stage > 0
     with torch.device("meta"):
-        weights = work.dtype if zero else torch.float32
-        step = SimulatedStep(policy, reward, work, weights, all_logits=sharding.zero_stage == 3)
+        named = [rewards] if isinstance(rewards, str) else list(rewards)
+        dtype = work.dtype if zero else torch.float32
+        wanted = {"critic": critic, "reference": reference}
+        step = SimulatedStep(policy, named, work, dtype, all_logits=sharding.zero_stage == 3, **wanted)
     phases, why = _phases(step, keep_gradients=not zero)
     trained, itemsize = sum(p.numel() for p in step.trainable), step.trainable[0].itemsize
-    items = sharding.items(step.weights, trained, itemsize=itemsize, gpu=gpu)
+    items = sharding.items(step.weights, trained, itemsize=itemsize, gpu=gpu, models=len(step.trained))
     # Gradients are there while a step trains, alone: what else a step needs may take their place.
     gradients = sum(items[name][0] for name in ("gradients", "reduction buffers") if name in items)
     phases["training"] += gradients if zero else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,52 +26,69 @@ class SimulatedStep:
     def __init__(
         self,
         policy: str,
-        reward: str | None,
+        rewards: Sequence[str],
         work: Workload,
         dtype: torch.dtype,
         *,
+        critic: bool = True,
+        reference: bool = True,
         all_logits: bool = False,
     ) -> None:
-        """``dtype`` is that of the weights; ``all_logits``: policy and reference hold [B,T,V], as they do
-        where weights are sharded.
+        """``dtype`` is that of the weights; ``critic``, ``reference``: whether the run has one;
+        ``all_logits``: policy and reference hold [B,T,V], as they do where weights are sharded.
         """
         self.work, self.dtype, self.all_logits = work, dtype, all_logits
         self.weights: dict[str, tuple[int, str]] = {}
         self._counted: set[int] = set()
         self.policy = self._made("policy", _causal(policy, dtype))
-        self.reward = None
+        self.reference: Any = None
+        self.bases: list[Any] = [self.policy]
         if work.lora_rank:
-            lora, self.reference = LoRA(self.policy, rank=work.lora_rank), self.policy
-            self.weights["reference"] = (0, "adapter off")
-            self.policy = self._made("policy adapter", lora.causal("policy"))
-            self.bases, on = [lora.model], "policy"
-            if reward is not None:
-                self.reward = self._made("reward model", _scalar(reward, dtype))
-                lora, on = LoRA(self.reward, rank=work.lora_rank), "reward model"
-                self.bases.append(lora.model)
-            self.critic = self._made("critic", lora.scalar("critic"), f"adapter on the {on}")
-        else:
+            if reference:
+                self.reference = self.policy
+                self.weights["reference"] = (0, "adapter off")
+            self.policy = self._made(
+                "policy adapter", LoRA(self.policy, rank=work.lora_rank).causal("policy")
+            )
+        elif reference:
             self.reference = self._made("reference", self._frozen(_causal(policy, dtype)))
-            self.critic = self._made("critic", _scalar(reward or policy, dtype))
-            self.bases = [self.policy, self.reference, self.critic]
-            if reward is not None:
-                self.reward = self._made("reward model", self._frozen(_scalar(reward, dtype)))
-                self.bases.append(self.reward)
-            for model in (self.policy, self.critic):
+        self.rewards = [
+            self._made(f"reward model {nth}" if nth > 1 else "reward model", self._frozen(_scalar(each, dtype)))
+            for nth, each in enumerate(rewards, 1)
+        ]
+        self.critic = self._critic_of(policy, rewards) if critic else None
+        self.bases += [*filter(None, [self.reference]), *self.rewards]
+        for model in self.trained:
+            if not work.lora_rank:
                 freeze_below(model, work.train_layers)
-        if work.gradient_checkpointing:
-            for model in (self.policy, self.critic):
+            if work.gradient_checkpointing:
                 checkpoint_activations(model)
+
+    def _critic_of(self, policy: str, rewards: Sequence[str]) -> Any:
+        """A copy of the first reward model, or of the policy without one; with LoRA, an adapter on these."""
+        if not self.work.lora_rank:
+            return self._made("critic", _scalar(rewards[0] if rewards else policy, self.dtype))
+        if rewards:
+            base, on = self.rewards[0], "the reward model"
+        else:
+            base, on = self._made("critic's base", _scalar(policy, self.dtype), "a copy of the policy"), "it"
+            self.bases.append(base)
+        lora = LoRA(base, rank=self.work.lora_rank)
+        return self._made("critic", lora.scalar("critic"), f"adapter on {on}")
+
+    @property
+    def trained(self) -> list[Any]:
+        """The policy, and the critic where there is one."""
+        return [self.policy, *filter(None, [self.critic])]
 
     @property
     def trainable(self) -> list[nn.Parameter]:
-        models = (self.policy, self.critic)
-        return [p for model in models for p in model.parameters() if p.requires_grad]
+        return [p for model in self.trained for p in model.parameters() if p.requires_grad]
 
     def place(self) -> None:
         """Put tensors that have a device, though no data, in the place of the meta tensors of every model."""
         made: dict[int, tuple[Tensor, Tensor]] = {}  # the old one is kept, or its id would be given again
-        for module in [m for model in (*self.bases, self.policy, self.critic) for m in model.modules()]:
+        for module in [m for model in (*self.bases, *self.trained) for m in model.modules()]:
             for held in (module._parameters, module._buffers):
                 for name, old in held.items():
                     if old is None or not old.is_meta:
@@ -114,22 +132,25 @@ class SimulatedStep:
     def score(self) -> None:
         rows = min(self.work.micro_batch_size, self.work.rollout_size)
         frozen = torch.bfloat16 if self.work.frozen_bf16 else self.work.dtype
-        self._log_probs(self.reference, rows, frozen)
-        self._scalars(self.critic, rows, self.work.dtype)
-        if self.reward is not None:
-            self._scalars(self.reward, rows, frozen)
+        if self.reference is not None:
+            self._log_probs(self.reference, rows, frozen)
+        for critic in self.trained[1:]:
+            self._scalars(critic, rows, self.work.dtype)
+        for reward in self.rewards:
+            self._scalars(reward, rows, frozen)
 
     def train(self, *, keep_gradients: bool) -> None:
         """One optimizer step's micro-batches; ZeRO takes gradients away as they come."""
         rows = min(self.work.micro_batch_size, self.work.minibatch_size)
-        for model in (self.policy, self.critic):
+        for model in self.trained:
             model.train(self.work.gradient_checkpointing)
         if not keep_gradients:
             for parameter in self.trainable:
                 parameter.register_post_accumulate_grad_hook(_drop)
         for _ in range(2 if self.work.micro_batch_size < self.work.minibatch_size else 1):
             self._log_probs(self.policy, rows, self.work.dtype).sum().backward()
-            self._scalars(self.critic, rows, self.work.dtype).sum().backward()
+            for critic in self.trained[1:]:
+                self._scalars(critic, rows, self.work.dtype).sum().backward()
         for parameter in self.trainable:
             parameter.grad = None
 

@@ -153,11 +153,18 @@ def reward_models(rewards: Mapping[str, tuple[Any, float]]) -> dict[str, str]:
     }
 
 
-def log_memory(settings: RLSettings, policy: str, rewards: Mapping[str, tuple[Any, float]]) -> None:
-    """Print what the run needs of memory, before anything is loaded; warn where there is less."""
-    reward = next(iter(reward_models(rewards).values()), None)
+def log_memory(
+    settings: RLSettings, policy: str, rewards: Mapping[str, tuple[Any, float]], **wanted: Any
+) -> None:
+    """Print what the run needs of memory, before anything is loaded; warn where there is less.
+
+    ``wanted``: whether a critic, whether a reference, where not both.
+    """
+    sources = list(reward_models(rewards).values())
     try:
-        estimate = estimate_memory(policy, reward, work=settings.workload, sharding=settings.sharding)
+        estimate = estimate_memory(
+            policy, sources, work=settings.workload, sharding=settings.sharding, **wanted
+        )
     except Exception as error:  # an aid: what is wrong with a model is said where it is loaded
         logger.warning("memory: not estimated: %s", str(error).split("\n")[0])
         return

@@ -115,7 +115,7 @@ class Session(Loop):
             made = sandbox_models(cfg.seed, fresh=cfg.fresh)
             policy = made["policy"]
         elif isinstance(policy, str) and ranks.is_main():
-            log_memory(cfg, policy, sources)
+            log_memory(cfg, policy, sources, **wanted)
         self.tokenizer = tokenizer or load_tokenizer(policy)
         models = load_models(
             cfg,

@@ -75,7 +75,38 @@ def test_it_is_read_from_configs_alone(folders, tmp_path):
         p.numel() for p in AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(policy)).parameters()
     )
     assert estimate.items["policy"][0] == pytest.approx(4 * parameters, rel=0.01)
-    assert "critic" in estimate_memory(policy, work=Workload(lora_rank=4)).items
+
+
+@pytest.mark.parametrize("settings", [{}, {"lora_rank": 4}], ids=str)
+def test_what_a_run_loads_is_counted(folders, settings):
+    """No critic for a recipe without one, every reward model, a critic without a reward model to be on."""
+    policy, reward = folders("llama")
+    work = Workload(**STEP, **settings)
+
+    def found(*rewards, **wanted):
+        return estimate_memory(policy, rewards, work=work, **wanted).items
+
+    both, alone, plain = (
+        found(reward),
+        found(reward, critic=False),
+        found(reward, critic=False, reference=False),
+    )
+    models = {"policy", "reference", "reward model", "critic", *(["policy adapter"] if settings else [])}
+    others = {"gradients", "optimizer states", "activations", "program"}
+    assert both.keys() - others == models
+    assert alone.keys() - others == models - {"critic"}
+    assert plain.keys() - others == models - {"critic", "reference"}
+    two = found(reward, reward)
+    assert two["reward model 2"][0] == two["reward model"][0] > 0
+    trained = {name: items["gradients"][0] for name, items in {"both": both, "alone": alone}.items()}
+    assert trained["alone"] < trained["both"]
+    own = alone["policy adapter" if settings else "policy"][0]
+    assert trained["alone"] == pytest.approx(own, rel=0.01), "buffers have no gradient"
+    copied = found()["critic's base" if settings else "critic"]
+    assert copied[0] > found()["policy"][0] * 0.7, "a copy of the policy, beside the policy"
+    if settings:
+        assert both["critic"][1] == "adapter on the reward model"
+        assert both["critic"][0] < copied[0] / 5
 
 
 def test_what_is_printed(folders, capsys):
