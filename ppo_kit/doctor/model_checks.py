@@ -88,7 +88,7 @@ def positions(subject: Subject) -> tuple[Level, str, str]:
     """The longest prompt and response fit the positions of every model that reads them."""
     longest = max(map(len, subject.prompts.ids)) + subject.settings.max_new_tokens
     models = {name: module.model for name, module in subject.trained.items()}
-    for name, module in subject.models.rewards.components.items():
+    for name, module in subject.scorers.items():
         if isinstance(module, RewardModel):  # another tokenizer's counts tokens of its own
             models[f"reward {name}"] = module.model
     limits = {name: _positions(model) for name, model in models.items()}
@@ -132,7 +132,7 @@ def forward(subject: Subject) -> tuple[Level, str, str]:
     """Models compute what is read from them: the checks that a run makes before its first step."""
     check_policy(subject.models.policy, name="policy")
     read = ["policy"]
-    scalars = {"critic": subject.models.critic, **subject.models.rewards.components}
+    scalars = {"critic": subject.models.critic, **subject.scorers}
     for name, module in scalars.items():
         model = module.reward if isinstance(module, RetokenizedReward) else module
         if isinstance(model, (Critic, RewardModel)):
@@ -187,7 +187,7 @@ def padding(subject: Subject) -> tuple[Level, str, str]:
         **{str(module.out_keys[0]): module for module in subject.trained.values()},
         **{
             f"scores of {name}": module
-            for name, module in subject.models.rewards.components.items()
+            for name, module in subject.scorers.items()
             if isinstance(module, (RewardModel, RetokenizedReward))
         },
     }

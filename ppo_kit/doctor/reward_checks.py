@@ -22,7 +22,7 @@ def reward_tokenizer(subject: Subject) -> tuple[Level, str, str]:
     """A reward model reads the policy's token ids as the same dialogue, or text that is encoded again."""
     if not subject.reward_models:
         return "pass", "left out: no reward is a model", ""
-    components = subject.models.rewards.components
+    components = subject.scorers
     again = {name: _why_again(subject, name) for name in subject.reward_models
              if isinstance(components[name], RetokenizedReward)}  # fmt: skip
     if again:
@@ -56,7 +56,7 @@ def rewards(subject: Subject) -> tuple[Level, str, str]:
 
 
 def _components(subject: Subject) -> dict[str, Any]:
-    return subject.models.rewards.components
+    return subject.scorers
 
 
 def _reward(name: str, module: Any, batch: TensorDictBase) -> tuple[Level, str, str]:

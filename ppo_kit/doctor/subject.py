@@ -15,6 +15,7 @@ from ppo_kit.models import load_tokenizer
 from ppo_kit.sampling import Sampling, rollout, row_seed
 from ppo_kit.training.models import Models, load_models, reward_models, reward_sources
 from ppo_kit.training.sampler import prompt_batch
+from ppo_kit.training.scoring import InMicroBatches
 from ppo_kit.training.settings import RLSettings
 
 ROWS = 8
@@ -50,6 +51,12 @@ class Subject:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(self.settings.policy)
+
+    @property
+    def scorers(self) -> dict[str, Any]:
+        """Each reward's own module, out of what reads it in micro-batches."""
+        held = self.models.rewards.components.items()
+        return {name: each.module if isinstance(each, InMicroBatches) else each for name, each in held}
 
     @cached_property
     def reward_models(self) -> dict[str, str]:

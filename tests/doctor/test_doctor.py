@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = sandbox_tokenizer()
     torch.manual_seed(0)
     config = sandbox_config(tokenizer, hidden_size=16, layers=2)
-    config.tie_word_embeddings = False
+    config.tie_word_embeddings, config.initializer_range = False, 0.02
     policy = AutoModelForCausalLM.from_config(config)
     # About every tenth token ends the turn; an untrained policy hardly ever ends one.
     policy.model.embed_tokens.weight.data[:, 0] = 0.1
@@ -148,7 +148,7 @@ def test_several_rewards(sound, folder):
     said = finding(subject, "rewards").found
     assert all(name in said for name in ("rm: 8 responses", "other: 8", "unsure: 4 responses"))
     assert "abstains on 4" in said
-    assert "of 2 reward models" in finding(subject, "memory").found
+    assert "reward model 2" in finding(subject, "memory").found
     assert "scores of other" in finding(subject, "padding").found
 
 
@@ -326,7 +326,7 @@ def test_more_tokens_than_positions(planted, part):
     """A warning where positions are computed (rotary), a fault where they are a table."""
     subject = planted()
     assert finding(subject, "positions").level == "pass"
-    modules = {**subject.trained, "reward rm": subject.models.rewards.components["rm"]}
+    modules = {**subject.trained, "reward rm": subject.scorers["rm"]}
     modules[part].model.config.max_position_embeddings = 65
     found = finding(subject, "positions")
     assert found.level == "warn"
@@ -344,7 +344,7 @@ def test_more_tokens_than_positions(planted, part):
 @pytest.mark.parametrize("part", ["policy", "critic", "rm"])
 def test_a_model_that_looks_ahead(planted, part):
     subject = planted()
-    modules = {**subject.trained, "rm": subject.models.rewards.components["rm"]}
+    modules = {**subject.trained, "rm": subject.scorers["rm"]}
 
     def peek(module, args, output):
         return output + output.mean(1, keepdim=True)
@@ -421,7 +421,7 @@ def test_padding_that_is_read(planted, part, key):
 )
 def test_reward_heads_that_rank_nothing(planted, value, says):
     subject = planted()
-    subject.models.rewards.components["rm"].model.score.weight.data.fill_(value)
+    subject.scorers["rm"].model.score.weight.data.fill_(value)
     found = finding(subject, "rewards")
     assert found.level == "fail"
     assert says in found.found
@@ -429,7 +429,7 @@ def test_reward_heads_that_rank_nothing(planted, value, says):
 
 def test_a_reward_model_that_scores_all_the_same(planted):
     subject = planted()
-    subject.models.rewards.components["rm"].model.model.embed_tokens.weight.data[:] = 1.0
+    subject.scorers["rm"].model.model.embed_tokens.weight.data[:] = 1.0
     found = finding(subject, "rewards")
     assert found.level == "fail"
     assert "all 8 responses score" in found.found
