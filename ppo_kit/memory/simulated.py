@@ -53,8 +53,8 @@ class SimulatedStep:
         elif reference:
             self.reference = self._made("reference", self._frozen(_causal(policy, dtype)))
         self.rewards = [
-            self._made(f"reward model {nth}" if nth > 1 else "reward model", self._frozen(_scalar(each, dtype)))
-            for nth, each in enumerate(rewards, 1)
+            self._made(f"reward model{f' {n}' if n > 1 else ''}", self._frozen(_scalar(each, dtype)))
+            for n, each in enumerate(rewards, 1)
         ]
         self.critic = self._critic_of(policy, rewards) if critic else None
         self.bases += [*filter(None, [self.reference]), *self.rewards]
