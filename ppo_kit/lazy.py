@@ -5,11 +5,14 @@ from __future__ import annotations
 import ast
 import importlib
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 
-def load_on_first_use(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+def load_on_first_use(
+    package: str, *, renamed: dict[str, str] | None = None
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """``__getattr__`` and ``__dir__`` of a package that loads each name when it is first asked for.
 
     The package's ``__init__.py`` imports its names for type checkers alone; these lines, read from the file,
@@ -26,6 +29,8 @@ def load_on_first_use(package: str) -> tuple[Callable[[str], Any], Callable[[], 
 
     Args:
         package: the name of the package, ``__name__`` in its ``__init__.py``.
+        renamed: old name -> new name, for one release: the old name gives the new one's value and a
+            ``DeprecationWarning``.
 
     Raises:
         ImportError: the package's source is not there to be read.
@@ -35,6 +40,11 @@ def load_on_first_use(package: str) -> tuple[Callable[[str], Any], Callable[[], 
     modules = {module.rpartition(".")[2]: module for module in home.values()}
 
     def load(name: str) -> Any:
+        if renamed and name in renamed:
+            new = renamed[name]
+            message = f"{package}: {name} is called {new} now; the old name goes with the next release"
+            warnings.warn(message, DeprecationWarning, stacklevel=2)
+            return load(new)
         if name in home:
             value = getattr(importlib.import_module(home[name]), name)
         elif name in modules:

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "ppo_kit"
 LAZY = sorted(
     f"ppo_kit.{file.parent.name}"
     for file in PACKAGE.glob("*/__init__.py")
-    if "load_on_first_use(__name__)" in file.read_text(encoding="utf-8")
+    if "= load_on_first_use(" in file.read_text(encoding="utf-8")
 )
 
 

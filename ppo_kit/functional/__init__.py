@@ -11,7 +11,12 @@ from ppo_kit.lazy import load_on_first_use
 if TYPE_CHECKING:
     from ppo_kit.functional.advantages import discounted_returns, gae, length_adaptive_lambda
     from ppo_kit.functional.aggregate import constant_mean, sequence_mean, token_mean
-    from ppo_kit.functional.baselines import greedy_baseline, group_normalize, leave_one_out, optimal_baseline
+    from ppo_kit.functional.baselines import (
+        greedy_baseline_advantages,
+        group_normalize,
+        leave_one_out,
+        optimal_baseline_advantages,
+    )
     from ppo_kit.functional.entropy import entropy_loss, kl_cov, token_covariance
     from ppo_kit.functional.groups import varied_groups
     from ppo_kit.functional.kl import kl_estimate, kl_exact
@@ -32,7 +37,13 @@ if TYPE_CHECKING:
     from ppo_kit.functional.sequence_policy import gmpo, sequence_clipped_surrogate
     from ppo_kit.functional.value import clipped_value_loss, huber_value_loss, squared_value_loss
 else:
-    __getattr__, __dir__ = load_on_first_use(__name__)
+    __getattr__, __dir__ = load_on_first_use(
+        __name__,
+        renamed={
+            "greedy_baseline": "greedy_baseline_advantages",
+            "optimal_baseline": "optimal_baseline_advantages",
+        },
+    )
 
 __all__ = [
     "Moments",
@@ -44,7 +55,7 @@ __all__ = [
     "entropy_loss",
     "gae",
     "gmpo",
-    "greedy_baseline",
+    "greedy_baseline_advantages",
     "group_normalize",
     "huber_value_loss",
     "importance_sampling",
@@ -64,7 +75,7 @@ __all__ = [
     "merge_moments",
     "missing_end_penalty",
     "moments_of",
-    "optimal_baseline",
+    "optimal_baseline_advantages",
     "overlong_penalty",
     "pairwise_loss",
     "place_score",

@@ -1,10 +1,11 @@
-"""Advantages per token: from a critic (GAE), or the reward still to come.
+"""Advantages per token: from a critic (GAE), or from the sum of the rewards that follow.
 
 TD error r_t + γ·V_{t+1} - V_t: ``gae(lam=0.0)``; Monte Carlo minus V: ``gae(lam=1.0)``. REINFORCE++ (Hu 2025,
 arXiv 2501.03262): ``whiten`` of ``discounted_returns`` of KL-penalized rewards.
 
-A mask may have holes (tokens that are no actions of the policy). The result is that of the sequence without
-them, put back in place: "next" is the next valid token, and what stands in a hole is ignored.
+A mask may have holes: tokens that the policy did not choose, such as the output of a tool. The result is that
+of the sequence without these tokens, put back in place: "next" is the next valid token, and the numbers in a
+hole are ignored.
 """
 
 from __future__ import annotations
@@ -34,9 +35,15 @@ def gae(
     returns R_t = A_t + V_t. V after the last valid token is ``bootstrap_value``, 0 by default: the episode
     ended there. Schulman et al. 2016 (arXiv 1506.02438), (16); report (9).
 
-    Computed as the recursion R_t = r_t + γ·((1 - λ)·V_{t+1} + λ·R_{t+1}), which is the same, by a scan in
-    place of the loop over T. MOSS-RLHF runs that loop in its data loader; TRL runs it over the padded length
-    and then whitens the advantages, which here is a step of its own.
+    Why: the sum of rewards after a token is an unbiased but noisy judgement of it, as it depends on every
+    later token; the TD error δ_t has little noise, but is as wrong as the critic. λ mixes the two: 1 is the
+    sum of rewards less V, 0 is δ_t. Use it wherever there is a critic. Start at γ = 1, λ = 0.95, as the
+    report does; go towards 1 while the critic is poor or responses are long, since the reward comes at the
+    last token and fades by the factor λ per token on its way to the first.
+
+    Computed as the recursion R_t = r_t + γ·((1 - λ)·V_{t+1} + λ·R_{t+1}), which is the same, in
+    a few tensor operations in place of a loop over T. MOSS-RLHF runs that loop in its data loader; TRL runs
+    it over the padded length and then whitens the advantages, which here is a step of its own.
 
     Args:
         rewards: [B,T], units of reward. values: [B,T], V(state before token t), same units.
@@ -82,7 +89,7 @@ def gae(
                 f"bootstrap_value: got shape {list(bootstrap_value.shape)}, needs [{values.shape[0]}]"
             )
         end = gamma * bootstrap_value[:, None].to(dtype)
-    full, slots = _looked_at(mask)
+    full, slots = _mask_layout(mask)
     rewards, values = (x.to(dtype) if full else zero_masked(x.to(dtype), mask) for x in (rewards, values))
     values, mask = _compact(values, slots), _compact(mask, slots)
     if isinstance(decay, Tensor):
@@ -95,9 +102,12 @@ def gae(
 def length_adaptive_lambda(mask: Tensor, *, alpha: float = 0.05) -> Tensor:
     """λ = max(0, 1 - 1/(α·L)), L the valid tokens of the response: for ``gae(lam=...)``.
 
-    VAPO (Yue et al. 2025, arXiv 2504.05118), length-adaptive GAE: 1/(1 - λ), the reach of GAE, is the share α
-    of the response. Its decoupled GAE is two calls: advantages of ``gae(lam=this)``, returns of
-    ``gae(lam=1.0)``. MOSS-RLHF and TRL's PPO have one λ.
+    With one λ for all lengths, a reward at the end of a long response hardly reaches its first tokens:
+    0.95^100 is 0.006. Here GAE looks 1/(1 - λ) = α·L tokens ahead, the same share α of every response. Use it
+    where lengths differ a lot or reach hundreds of tokens.
+
+    VAPO (Yue et al. 2025, arXiv 2504.05118), length-adaptive GAE. Its decoupled GAE is two calls:
+    advantages of ``gae(lam=this)``, returns of ``gae(lam=1.0)``. MOSS-RLHF and TRL's PPO have one λ.
 
     Args:
         mask: [B,T] bool. alpha: above 0.
@@ -118,7 +128,10 @@ def length_adaptive_lambda(mask: Tensor, *, alpha: float = 0.05) -> Tensor:
 
 
 def discounted_returns(rewards: Tensor, mask: Tensor, *, gamma: float = 1.0) -> Tensor:
-    """Monte Carlo returns R_t = r_t + γ·R_{t+1}; with γ = 1 the reward still to come.
+    """Monte Carlo returns R_t = r_t + γ·R_{t+1}; with γ = 1 the sum of the rewards from token t on.
+
+    The simplest advantage, unbiased and without a critic to train or to store: use it for REINFORCE and
+    REINFORCE++, followed by ``whiten``, since it is noisy and not centred.
 
     With holes in the mask, t + 1 is the next valid token.
 
@@ -138,13 +151,13 @@ def discounted_returns(rewards: Tensor, mask: Tensor, *, gamma: float = 1.0) -> 
     check_dims("rewards", rewards, "BT")
     check_mask(mask, rewards, "rewards")
     in_range("gamma", gamma, 0.0, 1.0)
-    _, slots = _looked_at(mask)
+    _, slots = _mask_layout(mask)
     rewards = _compact(zero_masked(at_least_float32(rewards), mask), slots)
     return _put_back(_reverse_scan(rewards, gamma), slots)
 
 
 def _checked_lambda(lam: Tensor, mask: Tensor) -> Tensor:
-    """[B,T] float64, 0 where masked."""
+    """λ as [B,T] float64, 0 where masked."""
     lam = zero_masked(lam.double(), mask)
     if torch.compiler.is_compiling():
         return torch.where((lam >= 0) & (lam <= 1), lam, torch.nan)
@@ -155,11 +168,11 @@ def _checked_lambda(lam: Tensor, mask: Tensor) -> Tensor:
     return lam
 
 
-def _looked_at(mask: Tensor) -> tuple[bool, Tensor | None]:
+def _mask_layout(mask: Tensor) -> tuple[bool, Tensor | None]:
     """(whether every slot is valid, where each slot goes when the valid ones move to the front of their row).
 
-    The order stays. [B,T], or None if each slot stays where it is. Both are what the host can see without
-    waiting for a device.
+    The order stays. [B,T], or None if each slot stays where it is. On a GPU and under
+    ``torch.compile`` it is always (False, slots): the host would wait for the device to look at the mask.
     """
     if mask.device.type == "cpu" and not torch.compiler.is_compiling():
         # The smallest and the largest byte: on a CPU ten times faster than ``all`` and ``any`` of bools.
@@ -201,10 +214,10 @@ def _reverse_scan(x: Tensor, decay: float | Tensor) -> Tensor:
 
 
 def _has_exact_products(x: Tensor) -> bool:
-    """Whether matrix products of ``x`` are rounded as sums are, and a token is no part of another's.
+    """Whether a matrix product of ``x`` with a triangular matrix gives what sums would, up to rounding.
 
-    Not under autocast and where products may be computed in TF32 or bfloat16, and not with a NaN or an
-    infinity in ``x``: times the 0 that keeps it out of later tokens, it is NaN.
+    Not under autocast or where products may be computed in TF32 or bfloat16, and not with a NaN or an
+    infinity in ``x``: multiplied by the zeros of the matrix it gives NaN for tokens that it does not concern.
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return False

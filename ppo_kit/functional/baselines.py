@@ -1,6 +1,7 @@
-"""Advantages per response: its score less a baseline, from the other responses to the prompt or a greedy one.
+"""Advantages per response: its score less a baseline.
 
-What is not a function of its own, being one of these:
+The baseline is computed from other responses to the same prompt, or is the score of a greedy one. Two methods
+need no function of their own:
 REINFORCE with the batch's mean as baseline: ``group_normalize`` with one group and ``scale=False``; without
 the response's own share in it, ``leave_one_out`` with one group.
 REINFORCE++ with a baseline (Hu 2025, arXiv 2501.03262): ``whiten`` of ``group_normalize(scale=False)``,
@@ -91,7 +92,7 @@ def group_normalize(
     return advantage.to(at_least_float32(score).dtype)
 
 
-def optimal_baseline(
+def optimal_baseline_advantages(
     score: Tensor, group_id: Tensor, lengths: Tensor, *, mask: Tensor | None = None
 ) -> Tensor:
     """A_i = s_i - Σ_j L_j·s_j / Σ_j L_j over its group, L the lengths of the responses (OPO).
@@ -110,7 +111,7 @@ def optimal_baseline(
     Raises:
         ValueError: a wrong shape or dtype.
 
-    >>> optimal_baseline(torch.tensor([1.0, 4.0]), torch.tensor([0, 0]), torch.tensor([10, 20]))
+    >>> optimal_baseline_advantages(torch.tensor([1.0, 4.0]), torch.tensor([0, 0]), torch.tensor([10, 20]))
     tensor([-2.,  1.])
     """
     same, difference = _group_differences(score, group_id, mask)
@@ -122,7 +123,7 @@ def optimal_baseline(
     return (weighted.sum(1) / torch.where(total > 0, total, 1.0)).to(at_least_float32(score).dtype)
 
 
-def greedy_baseline(score: Tensor, greedy_score: Tensor) -> Tensor:
+def greedy_baseline_advantages(score: Tensor, greedy_score: Tensor) -> Tensor:
     """A_i = s_i - score of the greedy answer to the same prompt (ReMax).
 
     The greedy answer shows what the policy would most likely have scored on this prompt. Use it where one
@@ -137,7 +138,7 @@ def greedy_baseline(score: Tensor, greedy_score: Tensor) -> Tensor:
     Raises:
         ValueError: a wrong shape or dtype.
 
-    >>> greedy_baseline(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 2.0]))
+    >>> greedy_baseline_advantages(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 2.0]))
     tensor([-1.,  1.])
     """
     check_floats(score=score, greedy_score=greedy_score)

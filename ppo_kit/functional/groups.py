@@ -1,4 +1,4 @@
-"""Groups: the responses to one prompt, told by ``group_id``."""
+"""Groups: responses to the same prompt, which have the same ``group_id``."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from ppo_kit.functional.checks import check_dims, check_floats, check_ids
 def varied_groups(score: Tensor, group_id: Tensor) -> Tensor:
     """Whether the responses of a row's group have different scores: max s > min s.
 
-    A group whose scores are all equal has advantage 0 in GRPO and RLOO and teaches nothing; DAPO's dynamic
-    sampling replaces it (Yu et al. 2025, arXiv 2503.14476, Eq. 11, where scores are 0 or 1).
+    A group whose scores are all equal has advantage 0 in GRPO and RLOO, so it adds nothing to the gradient
+    and makes the batch smaller than it looks. With scores of 0 or 1, that is each prompt that is always or
+    never solved. Use it to count such groups, or to sample other prompts in their place, as DAPO's dynamic
+    sampling does (Yu et al. 2025, arXiv 2503.14476, Eq. 11).
 
     Args:
         score: [B], units of reward. group_id: [B] int64, which prompt a response answers.

@@ -1,4 +1,4 @@
-"""Log-probabilities and entropies from hidden states and the output matrix, without holding the logits."""
+"""Log-probabilities and entropies from hidden states and the output matrix, without storing all logits."""
 
 from __future__ import annotations
 
@@ -21,20 +21,26 @@ def linear_token_log_probs(
     temperature: float = 1.0,
     chunk_size: int = 1024,
 ) -> Tensor:
-    """``token_log_probs`` of the logits z = (hidden · Wᵀ + b) / τ, of which [B,T,V] is never held.
+    """``token_log_probs`` of the logits z = (hidden · Wᵀ + b) / τ, without storing the logits [B,T,V].
+
+    The logits are the largest tensor of a language model: 8 responses of 1,024 tokens and 128,000 ids take
+    4 GB in float32, and their gradient as much again, though one number per token is wanted. Here they are
+    computed for a part of the tokens and of the vocabulary at a time. Use it in training and for scoring;
+    ``token_log_probs`` is the same number from logits that you have already.
 
     With ``softcap`` c the logits are c · tanh((hidden · Wᵀ + b) / c) / τ (Gemma 2). Products with W are in
     the dtype of ``hidden``, or that of ``torch.autocast`` where it is on, as in the model itself; all else is
-    in float32 at least. Where W needs a gradient, the backward pass makes the logits again: one more product
-    than with all logits held. Where it needs none (LoRA), the forward makes the gradient in ``hidden``, and
-    there is no more to do than with all logits. MOSS-RLHF and TRL's PPO hold all logits.
+    in float32 at least. Where W needs a gradient, the backward pass computes the logits again: one matrix
+    product more than with all logits stored. Where it needs none (LoRA), the forward pass computes the
+    gradient with respect to ``hidden``, which costs no more than with all logits stored. MOSS-RLHF and TRL's
+    PPO store all logits.
 
     Args:
         hidden: [...,H]. weight: W [V,H], the output matrix, same dtype. ids: [...] int64 in [0,V).
         bias: b [V], same dtype. valid_ids: [V] bool, ids that can be drawn, at least one; an id that cannot
             has log-probability -inf, and no gradient.
         softcap: c, above 0. temperature: τ of the sampler, above 0.
-        chunk_size: tokens at a time, at least 1.
+        chunk_size: tokens per part, at least 1.
     Returns:
         [...] float32 (float64 for float64 ``hidden``), nats; first derivatives only, others raise
         ``RuntimeError``.
@@ -61,7 +67,9 @@ def linear_log_probs_and_entropy(
     temperature: float = 1.0,
     chunk_size: int = 1024,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`linear_token_log_probs` and the :func:`token_entropy` of the same logits, for one pass.
+    """:func:`linear_token_log_probs` and the :func:`token_entropy` of the same logits, in one pass.
+
+    Use it where a loss or a metric reads the entropy as well: two calls would compute the logits twice.
 
     Args and raises as :func:`linear_token_log_probs`.
 
@@ -96,7 +104,7 @@ def _linear(
         check_tensor(name, each)
         if each.dtype != dtype or each.shape != weight.shape[:1]:
             raise ValueError(
-                f"{name}: got {each.dtype} {list(each.shape)}, needs {dtype} [{len(weight)}], one an id"
+                f"{name}: got {each.dtype} {list(each.shape)}, needs {dtype} [{len(weight)}], one per id"
             )
     check_ids("ids", ids, hidden.shape[:-1])
     in_range("chunk_size", settings.chunk, 1, whole=True)

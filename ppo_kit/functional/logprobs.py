@@ -16,8 +16,13 @@ from ppo_kit.functional.masked import at_least_float32, zero_masked
 def token_log_probs(logits: Tensor, ids: Tensor) -> Tensor:
     """log π(id) = logit_id - log Σ_v exp(logit_v).
 
-    With the ids of a text this is the LM term of the report's (17), negated: PTX is -log π, averaged by
-    ``token_mean``. TRL computes it in the model's dtype, where bfloat16 is off by some 1e-2 nats.
+    Every loss of PPO is made of these numbers: their difference between two models is the log of the
+    probability ratio, and an estimate of the KL. Use it where the logits exist anyway, as in a test or for a
+    small vocabulary; in training use ``linear_token_log_probs``, which needs no memory for the logits of
+    all tokens.
+
+    For the ids of a given text, the PTX loss of the report's (17) is -log π, averaged by ``token_mean``. TRL
+    computes it in the model's dtype, where bfloat16 is off by some 1e-2 nats.
 
     Args:
         logits: [...,V], at the positions *before* the tokens. ids: [...] int64 in [0,V).
@@ -36,6 +41,10 @@ def token_log_probs(logits: Tensor, ids: Tensor) -> Tensor:
 
 def token_entropy(logits: Tensor) -> Tensor:
     """H = -Σ_v π(v)·log π(v); a token that the distribution excludes (logit -inf) adds 0.
+
+    How undecided the policy is about the next token. Watch it in every run: an entropy that falls towards 0
+    means that the policy writes the same text again and again, and explores nothing. Train on it only if it
+    falls too fast (``entropy_loss``).
 
     Shannon 1948. TRL and MOSS-RLHF (for logging, and MOSS-RLHF for its bonus) compute the same.
 

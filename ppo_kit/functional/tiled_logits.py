@@ -1,9 +1,11 @@
-"""Log-softmax over a vocabulary that is never held whole, and its gradient written out.
+"""Log-softmax whose logits are never stored for all tokens at once, and its gradient written out.
 
-Logits are made for some tokens and some of the vocabulary at a time, in a buffer that stays in the
-processor's cache, and made again in the backward pass. The sum over the vocabulary is kept with its running
-maximum (Milakov & Gimelshein 2018, arXiv 1805.02867); tiles over both dimensions are those of Cut
-Cross-Entropy (Wijmans et al. 2025, arXiv 2411.09009).
+Use ``linear_token_log_probs``, which checks its arguments and calls this. A tile is the logits of some tokens
+for some ids of the vocabulary. Tiles are computed one after the other in one buffer, small enough for the
+processor's cache, and computed again in the backward pass. The sum of exponentials over the vocabulary is
+updated tile by tile together with its running maximum, so that no exponential overflows (Milakov & Gimelshein
+2018, arXiv 1805.02867); tiles over both dimensions are those of Cut Cross-Entropy (Wijmans et al. 2025, arXiv
+2411.09009).
 """
 
 from __future__ import annotations
@@ -17,9 +19,9 @@ from torch import Tensor
 from ppo_kit.functional.masked import at_least_float32
 
 TILE = 2**19
-"""Logits in a buffer: 2 MiB of float32, what a core keeps close to it."""
+"""Logits per buffer: 2 MiB in float32, the usual size of the cache of one core."""
 LOWEST = -1e30
-"""The logit of an excluded id: exp(LOWEST - max) is 0, and 0 times it is no NaN, as with -inf."""
+"""The logit of an excluded id: exp(LOWEST - max) is 0, and 0 · LOWEST is 0, where 0 · -inf would be NaN."""
 
 
 class Settings(NamedTuple):
@@ -39,7 +41,7 @@ class _Tile(NamedTuple):
     excluded: Tensor | None
 
     def here(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Of ids [n]: columns of this tile [n,1], and whether they are of this tile [n,1]."""
+        """For ids [n]: their columns in this tile [n,1], and whether they are in this tile [n,1]."""
         column = ids[:, None] - self.start
         return column.clamp(0, len(self.weight) - 1), (column >= 0) & (column < len(self.weight))
 
@@ -78,7 +80,7 @@ def _columns(rows: int, vocabulary: int) -> int:
 
 
 def tile_size(tokens: int, vocabulary: int, chunk_size: int = 1024) -> int:
-    """Logits in a buffer; the forward pass has two of them, the backward pass three."""
+    """Number of logits in a buffer; the forward pass has two of them, the backward pass three."""
     rows = min(tokens, chunk_size)
     return rows * _columns(rows, vocabulary)
 
@@ -90,8 +92,9 @@ def _buffers(hidden: Tensor, vocabulary: int, settings: Settings, count: int) ->
 
 
 class TiledLogProbs(torch.autograd.Function):
-    """Tiles of the vocabulary outside, chunks of tokens inside: each row of W is read, and its gradient
-    written, once.
+    """Loop over tiles of the vocabulary, and within it over chunks of tokens.
+
+    In this order each row of W is read once, and its gradient written once.
     """
 
     @staticmethod
@@ -143,10 +146,10 @@ class TiledLogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # by create_graph; what is made below would be taken for a constant
+        if torch.is_grad_enabled():  # by create_graph; what is computed below would count as a constant
             raise RuntimeError(
-                "linear_token_log_probs: has first derivatives only; take second ones (create_graph=True) of "
-                "token_log_probs(hidden @ weight.T, ids)"
+                "linear_token_log_probs: has first derivatives only; for second derivatives "
+                "(create_graph=True) use token_log_probs(hidden @ weight.T, ids)"
             )
         of_log_probs, of_entropy = upstream
         direction = ctx.saved_tensors[-1]
@@ -163,10 +166,10 @@ class TiledLogProbs(torch.autograd.Function):
 def _remade(
     ctx: Any, of_log_probs: Tensor | None, of_entropy: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients in hidden, W and b, from logits that are made again.
+    """Gradients with respect to hidden, W and b, from logits that are computed again.
 
-    With l = log π: ∂l_id/∂z_v = [v = id] - π_v and ∂H/∂z_v = -π_v·(l_v + H). A tile of the negated gradient
-    in z is divided by one number a token, which multiplies the hidden states instead of the tile.
+    With l = log π: ∂l_id/∂z_v = [v = id] - π_v and ∂H/∂z_v = -π_v·(l_v + H). What all ids of a token share,
+    the factor ``scale``, multiplies the hidden states and not each tile, which is larger.
     """
     settings: Settings = ctx.settings
     hidden, weight, bias, ids, excluded, log_total, entropy, _ = ctx.saved_tensors

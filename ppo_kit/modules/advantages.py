@@ -18,7 +18,12 @@ import torch
 from torch import Tensor
 
 from ppo_kit.functional.advantages import discounted_returns, gae
-from ppo_kit.functional.baselines import greedy_baseline, group_normalize, leave_one_out, optimal_baseline
+from ppo_kit.functional.baselines import (
+    greedy_baseline_advantages,
+    group_normalize,
+    leave_one_out,
+    optimal_baseline_advantages,
+)
 from ppo_kit.functional.checks import in_range
 from ppo_kit.functional.masked import masked_mean, masked_sum, zero_masked
 from ppo_kit.modules.base import BatchModule, Keys
@@ -202,7 +207,7 @@ class OPO(ResponseAdvantage):
     """
 
     def advantage(self, score: Tensor, group_id: Tensor, mask: Tensor) -> Tensor:
-        return optimal_baseline(score, group_id, mask.sum(1))
+        return optimal_baseline_advantages(score, group_id, mask.sum(1))
 
 
 class ReMax(BatchModule):
@@ -221,5 +226,5 @@ class ReMax(BatchModule):
     IN, OUT = ("rewards", "greedy_score", "action_mask"), ("advantages",)
 
     def compute(self, rewards: Tensor, greedy_score: Tensor, mask: Tensor) -> Tensor:
-        advantage = greedy_baseline(masked_sum(rewards, mask, 1), greedy_score)
+        advantage = greedy_baseline_advantages(masked_sum(rewards, mask, 1), greedy_score)
         return zero_masked(advantage[:, None].expand(mask.shape), mask)

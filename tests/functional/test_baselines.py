@@ -7,7 +7,13 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ppo_kit.functional import greedy_baseline, group_normalize, leave_one_out, optimal_baseline
+from ppo_kit import functional
+from ppo_kit.functional import (
+    greedy_baseline_advantages,
+    group_normalize,
+    leave_one_out,
+    optimal_baseline_advantages,
+)
 
 from .cases import assert_row_order_invariant, gradcheck, property_test
 
@@ -49,9 +55,9 @@ def test_group_normalize_is_the_loop(groups: tuple[Tensor, Tensor, Tensor]) -> N
 
 
 @property_test(groups=groups)
-def test_optimal_baseline_is_the_loop(groups: tuple[Tensor, Tensor, Tensor]) -> None:
+def test_optimal_baseline_advantages_is_the_loop(groups: tuple[Tensor, Tensor, Tensor]) -> None:
     score, group_id, lengths = groups
-    for i, advantage in enumerate(optimal_baseline(score, group_id, lengths).tolist()):
+    for i, advantage in enumerate(optimal_baseline_advantages(score, group_id, lengths).tolist()):
         rows = [j for j in range(len(score)) if group_id[j] == group_id[i]]
         baseline = sum(lengths[j] * score[j] for j in rows) / sum(lengths[j] for j in rows)
         assert advantage == pytest.approx((score[i] - baseline).item(), abs=1e-9)
@@ -61,7 +67,7 @@ def test_optimal_baseline_is_the_loop(groups: tuple[Tensor, Tensor, Tensor]) -> 
 def test_row_order_changes_nothing(groups: tuple[Tensor, Tensor, Tensor], seed: int) -> None:
     assert_row_order_invariant(leave_one_out, groups[:2], seed)
     assert_row_order_invariant(group_normalize, groups[:2], seed)
-    assert_row_order_invariant(optimal_baseline, groups, seed)
+    assert_row_order_invariant(optimal_baseline_advantages, groups, seed)
 
 
 @property_test(scores=st.lists(st.floats(-5, 5), min_size=2, max_size=6))
@@ -71,7 +77,7 @@ def test_identities_between_baselines(scores: list[float]) -> None:
     dr_grpo = group_normalize(score, one_group, scale=False)
     torch.testing.assert_close(leave_one_out(score, one_group), dr_grpo * size / (size - 1))
     torch.testing.assert_close(dr_grpo, score - score.mean())  # REINFORCE with the batch's mean
-    torch.testing.assert_close(optimal_baseline(score, one_group, torch.full((size,), 7)), dr_grpo)
+    torch.testing.assert_close(optimal_baseline_advantages(score, one_group, torch.full((size,), 7)), dr_grpo)
     assert dr_grpo.sum().item() == pytest.approx(0, abs=1e-9)
     shifted = leave_one_out(score + 3, one_group)
     torch.testing.assert_close(shifted, leave_one_out(score, one_group))
@@ -81,7 +87,7 @@ def test_a_group_of_one() -> None:
     score, alone = torch.tensor([0.3, -2.0]), torch.tensor([5, 8])
     assert torch.equal(leave_one_out(score, alone), score)
     assert not group_normalize(score, alone).any()
-    assert not optimal_baseline(score, alone, torch.tensor([3, 4])).any()
+    assert not optimal_baseline_advantages(score, alone, torch.tensor([3, 4])).any()
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-12])
@@ -100,7 +106,7 @@ def test_scores_of_any_size(size: float) -> None:
     score, group_id = size * torch.tensor([-1.0, 0.0, 1.0]), torch.zeros(3, dtype=torch.long)
     torch.testing.assert_close(group_normalize(score, group_id, eps=0.0), torch.tensor([-1.0, 0.0, 1.0]))
     torch.testing.assert_close(leave_one_out(score, group_id) / size, torch.tensor([-1.5, 0.0, 1.5]))
-    weighted = optimal_baseline(score, group_id, torch.tensor([2, 1, 1]))
+    weighted = optimal_baseline_advantages(score, group_id, torch.tensor([2, 1, 1]))
     torch.testing.assert_close(weighted / size, torch.tensor([-0.75, 0.25, 1.25]))
 
 
@@ -112,7 +118,7 @@ def test_a_response_that_does_not_count_is_as_if_it_were_not_there(
     score, group_id, lengths = groups
     mask = torch.rand(len(score), generator=torch.Generator().manual_seed(seed)) < 0.6
     spoiled = torch.where(mask, score, float("nan"))
-    for fn, more in ((leave_one_out, ()), (group_normalize, ()), (optimal_baseline, (lengths,))):
+    for fn, more in ((leave_one_out, ()), (group_normalize, ()), (optimal_baseline_advantages, (lengths,))):
         got = fn(spoiled, group_id, *more, mask=mask)
         torch.testing.assert_close(got[mask], fn(score[mask], group_id[mask], *(x[mask] for x in more)))
         assert not got[~mask].any()
@@ -136,7 +142,7 @@ def test_other_groups_cannot_leak_in() -> None:
     for advantages in (
         leave_one_out(score, group_id),
         group_normalize(score, group_id),
-        optimal_baseline(score, group_id, torch.ones(4, dtype=torch.long)),
+        optimal_baseline_advantages(score, group_id, torch.ones(4, dtype=torch.long)),
     ):
         assert advantages[:2].isfinite().all()
         assert advantages[2:].isnan().all()
@@ -144,13 +150,13 @@ def test_other_groups_cannot_leak_in() -> None:
 
 def test_responses_without_a_token_weigh_nothing() -> None:
     score, group_id = torch.tensor([1.0, 2.0]), torch.tensor([0, 0])
-    assert optimal_baseline(score, group_id, torch.tensor([0, 0])).tolist() == [0.0, 0.0]
-    assert optimal_baseline(score, group_id, torch.tensor([0, 1])).tolist() == [-1.0, 0.0]
-    assert optimal_baseline(score, group_id, torch.tensor([0.1, 0.3])).tolist() == pytest.approx(
+    assert optimal_baseline_advantages(score, group_id, torch.tensor([0, 0])).tolist() == [0.0, 0.0]
+    assert optimal_baseline_advantages(score, group_id, torch.tensor([0, 1])).tolist() == [-1.0, 0.0]
+    assert optimal_baseline_advantages(score, group_id, torch.tensor([0.1, 0.3])).tolist() == pytest.approx(
         [-0.75, 0.25]
     )
     failed = torch.tensor([float("nan"), 2.0])
-    assert optimal_baseline(failed, group_id, torch.tensor([0, 1]))[1].item() == 0
+    assert optimal_baseline_advantages(failed, group_id, torch.tensor([0, 1]))[1].item() == 0
 
 
 def test_gradients() -> None:
@@ -159,8 +165,8 @@ def test_gradients() -> None:
     assert gradcheck(lambda s: leave_one_out(s, group_id), score)
     assert gradcheck(lambda s: group_normalize(s, group_id, scale=False), score)
     assert gradcheck(lambda s: group_normalize(s, torch.zeros_like(group_id)), score)
-    assert gradcheck(lambda s: optimal_baseline(s, group_id, lengths), score)
-    assert gradcheck(greedy_baseline, score, score.flip(0))
+    assert gradcheck(lambda s: optimal_baseline_advantages(s, group_id, lengths), score)
+    assert gradcheck(greedy_baseline_advantages, score, score.flip(0))
 
 
 def test_leave_one_out_is_unbiased_over_a_small_world() -> None:
@@ -179,13 +185,22 @@ def test_leave_one_out_is_unbiased_over_a_small_world() -> None:
     torch.testing.assert_close(gradient, expected)
 
 
-def test_greedy_baseline_is_the_difference() -> None:
-    assert greedy_baseline(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 0.5])).tolist() == [-2.0, 1.5]
+@pytest.mark.parametrize("old", ["optimal_baseline", "greedy_baseline"])
+def test_an_old_name_warns_and_gives_the_function(old: str) -> None:
+    with pytest.warns(DeprecationWarning, match=f"{old} is called {old}_advantages now"):
+        assert getattr(functional, old) is getattr(functional, f"{old}_advantages")
+
+
+def test_greedy_baseline_advantages_is_the_difference() -> None:
+    assert greedy_baseline_advantages(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 0.5])).tolist() == [
+        -2.0,
+        1.5,
+    ]
 
 
 def test_bad_input_is_named() -> None:
     score, group_id = torch.ones(3), torch.zeros(3, dtype=torch.long)
-    for fn in (leave_one_out, group_normalize, lambda s, g: optimal_baseline(s, g, group_id)):
+    for fn in (leave_one_out, group_normalize, lambda s, g: optimal_baseline_advantages(s, g, group_id)):
         with pytest.raises(ValueError, match=r"^score: got torch.int64, needs a floating-point tensor"):
             fn(group_id, group_id)
         with pytest.raises(ValueError, match=r"^score: got shape \[3, 1\], needs \[B\]"):
@@ -194,7 +209,7 @@ def test_bad_input_is_named() -> None:
             fn(score, score)
         with pytest.raises(ValueError, match=r"^group_id: got shape \[2\], needs \[3\]"):
             fn(score, group_id[:2])
-    for fn, more in ((leave_one_out, ()), (group_normalize, ()), (optimal_baseline, (group_id,))):
+    for fn, more in ((leave_one_out, ()), (group_normalize, ()), (optimal_baseline_advantages, (group_id,))):
         with pytest.raises(ValueError, match=r"^mask: got torch.int64, needs torch.bool"):
             fn(score, group_id, *more, mask=group_id)
         with pytest.raises(ValueError, match=r"^mask: got shape \[2\], needs \[3\] as in score"):
@@ -202,8 +217,8 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match=r"^eps: got -1, needs a number in \[0, inf\)"):
         group_normalize(score, group_id, eps=-1)
     with pytest.raises(ValueError, match=r"^lengths: got shape \[2\], needs \[3\] as in score"):
-        optimal_baseline(score, group_id, group_id[:2])
+        optimal_baseline_advantages(score, group_id, group_id[:2])
     with pytest.raises(ValueError, match=r"^greedy_score: got shape \[2\], needs \[3\] as in score"):
-        greedy_baseline(score, score[:2])
+        greedy_baseline_advantages(score, score[:2])
     with pytest.raises(ValueError, match=r"^score: got shape \[3, 1\], needs \[B\]"):
-        greedy_baseline(score[:, None], score[:, None])
+        greedy_baseline_advantages(score[:, None], score[:, None])

@@ -19,7 +19,7 @@ from ppo_kit.functional import (
     entropy_loss,
     gae,
     gmpo,
-    greedy_baseline,
+    greedy_baseline_advantages,
     group_normalize,
     huber_value_loss,
     importance_sampling,
@@ -34,7 +34,7 @@ from ppo_kit.functional import (
     masked_sum,
     masked_var,
     missing_end_penalty,
-    optimal_baseline,
+    optimal_baseline_advantages,
     overlong_penalty,
     pairwise_loss,
     policy_gradient,
@@ -92,8 +92,8 @@ PER_ROW: dict[str, Callable[..., Tensor]] = {
     "leave_one_out": lambda s: leave_one_out(s, GROUPS),
     "group_normalize": lambda s: group_normalize(s, GROUPS),
     "Dr. GRPO": lambda s: group_normalize(s, GROUPS, scale=False),
-    "optimal_baseline": lambda s: optimal_baseline(s, GROUPS, torch.tensor([3, 5, 1])),
-    "greedy_baseline": greedy_baseline,
+    "optimal_baseline_advantages": lambda s: optimal_baseline_advantages(s, GROUPS, torch.tensor([3, 5, 1])),
+    "greedy_baseline_advantages": greedy_baseline_advantages,
     "pairwise_loss": lambda c, r, m: pairwise_loss(c, r, margin=m),
     "reward_model_loss": lambda c, r: reward_model_loss(c, r, torch.zeros(3, 6).to(c), MASK),
 }
@@ -131,12 +131,12 @@ def test_numbers_that_half_precision_cannot_hold_in_between(dtype: torch.dtype) 
     big = many[1].item()
     assert leave_one_out(many, ones).tolist() == pytest.approx([-big, big / 3, big / 3, big / 3])
     lengths = torch.tensor([1, 1000, 1000, 1000])
-    assert optimal_baseline(many, ones, lengths)[0].item() == pytest.approx(-big * 3000 / 3001)
+    assert optimal_baseline_advantages(many, ones, lengths)[0].item() == pytest.approx(-big * 3000 / 3001)
     values, zero = many[None], torch.zeros(1, 4).to(dtype)
     assert squared_value_loss(values, zero)[0, 1].item() == pytest.approx(big**2 / 2)
     assert clipped_value_loss(values, zero, zero)[0, 1].item() == pytest.approx(big**2 / 2)
     assert huber_value_loss(values, zero, delta=1e6)[0, 1].item() == pytest.approx(big**2 / 2)
-    assert greedy_baseline(many, -many)[1].item() == 2 * big
+    assert greedy_baseline_advantages(many, -many)[1].item() == 2 * big
     assert pairwise_loss(-many, many)[1].item() == 2 * big
     assert importance_sampling(torch.full((1, 1), 12.0).to(dtype), zero[:, :1], zero[:, :1] - 1).item() == (
         pytest.approx(162754.79, rel=1e-5)
