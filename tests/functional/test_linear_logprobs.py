@@ -261,8 +261,8 @@ def test_bad_input_is_named() -> None:
             ({"ids": ids[:1]}, r"ids: got shape \[1, 5\], needs \[2, 5\]"),
             ({"temperature": 0.0}, r"temperature: got 0.0, needs a number in \(0, inf\)"),
             ({"softcap": 0.0}, r"softcap: got 0.0, needs a number in \(0, inf\)"),
-            ({"bias": weight[:3, 0]}, r"bias: got torch.float64 \[3\], needs torch.float64 \[7\], one per id"),
-            ({"valid_ids": ids[0]}, r"valid_ids: got torch.int64 \[5\], needs torch.bool \[7\], one per id"),
+            ({"bias": weight[:3, 0]}, r"bias: got torch.float64 \[3\], needs torch.float64 \[7\], one per"),
+            ({"valid_ids": ids[0]}, r"valid_ids: got torch.int64 \[5\], needs torch.bool \[7\], one per"),
             ({"chunk_size": 0}, r"chunk_size: got 0, needs an integer in \[1, inf\)"),
         ):
             with pytest.raises(ValueError, match="^" + message):
