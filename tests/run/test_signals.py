@@ -99,6 +99,8 @@ def test_a_closed_terminal_ends_the_run_in_a_checkpoint(tmp_path):
     out = tmp_path / "run"
     process, terminal = pty.fork()
     if process == 0:
+        # What nohup ignores stays ignored in a child; here it is the terminal that is tested.
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         os.environ.update(OMP_NUM_THREADS="1", PYTHONPATH=str(_ROOT))
         script = str(Path(__file__).with_name("toy.py"))
         os.execv(sys.executable, [sys.executable, script, str(out), "10000", "0.02"])
