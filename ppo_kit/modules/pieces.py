@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -121,7 +122,7 @@ def plan_pieces(
     # Of rows that ranks share, the longest of each hand that is dealt.
     filler = -count % multiple
     hands = torch.nn.functional.pad(ordered, (0, 0, 0, filler)).unflatten(1, (-1, multiple)).amax(2)
-    plans = [_cheapest_cuts(each.tolist(), size, tokens, pass_cost) for each in hands]
+    plans = [_cheapest_cuts(tuple(map(tuple, each.tolist())), size, tokens, pass_cost) for each in hands]
     best = min(range(len(plans)), key=lambda index: plans[index][0])
     order, cuts = orders[best].tolist(), plans[best][1]
     pieces = [order[first * multiple : last * multiple] for first, last in pairwise(cuts)]
@@ -187,10 +188,12 @@ def _extent(mask: Tensor) -> Tensor:
     return torch.where(mask, place, 0).amax(-1) if mask.shape[-1] else mask.sum(-1)
 
 
+# The models that read a rollout one after the other plan by the same lengths.
+@lru_cache(maxsize=16)
 def _cheapest_cuts(
-    lengths: Sequence[Sequence[int]], size: int, tokens: int, pass_cost: int
-) -> tuple[int, list[int]]:
-    """(cost, [0, …, B]): the cuts of the rows in this order whose pieces cost least."""
+    lengths: tuple[tuple[int, int], ...], size: int, tokens: int, pass_cost: int
+) -> tuple[int, tuple[int, ...]]:
+    """(cost, (0, …, B)): the cuts of the rows in this order whose pieces cost least."""
     count = len(lengths)
     best = [0] + [-1] * count
     start = [0] * (count + 1)
@@ -207,4 +210,4 @@ def _cheapest_cuts(
     cuts = [count]
     while cuts[-1]:
         cuts.append(start[cuts[-1]])
-    return best[-1], cuts[::-1]
+    return best[-1], tuple(cuts[::-1])
