@@ -32,7 +32,7 @@ MARK = "<!-- measured -->"
 
 @dataclass(frozen=True)
 class Measure:
-    folders: tuple[Path, ...]
+    folders: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of runs, or folders that hold them."""
     page: Path | None = None
     """A page whose measured part is written anew."""
