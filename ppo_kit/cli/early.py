@@ -46,7 +46,7 @@ def answer_early(file: Path, arguments: Sequence[str]) -> None:
     if "--debug" in arguments:
         return
     try:
-        with _settings_alone(file) as (kind, description), one_line(debug=False) as outcome:
+        with _settings_class(file) as (kind, description), one_line(debug=False) as outcome:
             parse_settings(kind, arguments, file=file, description=description)
     except Exception:
         return  # the recipe itself says what is wrong
@@ -54,12 +54,12 @@ def answer_early(file: Path, arguments: Sequence[str]) -> None:
         sys.exit(outcome.status)
 
 
-class _NotAlone(Exception):
+class _NotSeparable(Exception):
     """The settings of a file cannot be taken out of it."""
 
 
 @contextmanager
-def _settings_alone(file: Path) -> Iterator[tuple[type, str]]:
+def _settings_class(file: Path) -> Iterator[tuple[type, str]]:
     """(class of the settings, docstring of the file); the class can be inspected within the context."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     recipe = _Recipe.of(tree)
@@ -89,7 +89,7 @@ class _Recipe:
 
     @classmethod
     def of(cls, tree: ast.Module) -> _Recipe:
-        """Raises ``_NotAlone`` where it has statements that may change what another one bound."""
+        """Raises ``_NotSeparable`` where it has statements that may change what another one bound."""
         statements: dict[str, ast.stmt] = {}
         ends = False
         for node in tree.body:
@@ -98,16 +98,16 @@ class _Recipe:
             elif not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
                 for name in _bound(node):
                     if name in statements:
-                        raise _NotAlone(f"{name} is bound twice")
+                        raise _NotSeparable(f"{name} is bound twice")
                     statements[name] = node
         run, main = statements.get("run_recipe"), statements.get("main")
         if not (ends and isinstance(run, ast.ImportFrom) and run.module == "ppo_kit.cli"):
-            raise _NotAlone("it is not run by run_recipe")
+            raise _NotSeparable("it is not run by run_recipe")
         if not isinstance(main, ast.FunctionDef) or main.decorator_list or not main.args.args:
-            raise _NotAlone("it has no plain main")
+            raise _NotSeparable("it has no plain main")
         annotation = main.args.args[0].annotation
         if not isinstance(annotation, ast.Name) or main.args.posonlyargs:
-            raise _NotAlone("its settings have no name of their own")
+            raise _NotSeparable("its settings have no name of their own")
         return cls(statements, annotation.id)
 
     def needed_for(self, name: str) -> list[ast.stmt]:
@@ -124,7 +124,7 @@ class _Recipe:
 
 
 def _bound(node: ast.stmt) -> list[str]:
-    """The names that a statement of a kind that only binds names binds; raises ``_NotAlone`` for others."""
+    """The names that a statement binds; raises ``_NotSeparable`` for a kind that does more than bind."""
     if isinstance(node, ast.ClassDef | ast.FunctionDef):
         return [node.name]
     if isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and node.level == 0):
@@ -134,7 +134,7 @@ def _bound(node: ast.stmt) -> list[str]:
     targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
     if isinstance(node, ast.Assign | ast.AnnAssign) and all(isinstance(each, ast.Name) for each in targets):
         return [each.id for each in targets if isinstance(each, ast.Name)]
-    raise _NotAlone(f"line {node.lineno} is of another kind")
+    raise _NotSeparable(f"line {node.lineno} is of another kind")
 
 
 def _reduced(node: ast.stmt, names: set[str]) -> ast.stmt:

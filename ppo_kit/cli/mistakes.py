@@ -1,4 +1,4 @@
-"""A user's mistake is told in one line; a fault of the code keeps its traceback."""
+"""Report a user's mistake in one line; a fault of the code keeps its traceback."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class Outcome:
 
 @contextmanager
 def one_line(*, debug: bool) -> Iterator[Outcome]:
-    """Around a program's body: tell a mistake in one line and set the status to 2; 130 after Ctrl-C.
+    """Around a program's body: report a mistake in one line and set the status to 2; 130 after Ctrl-C.
 
     With ``debug``, and for errors that nobody wrote a message for (``describe`` gives None), nothing is
-    caught. SIGTERM and SIGHUP end the program with a word, until a run takes them.
+    caught. SIGTERM and SIGHUP end the program with a message, until a run handles them.
     """
     outcome = Outcome()
     try:
-        with _stopped_with_a_word():
+        with _exit_on_signals():
             yield outcome
     except KeyboardInterrupt:
         if debug:
@@ -52,7 +52,7 @@ def one_line(*, debug: bool) -> Iterator[Outcome]:
 
 
 @contextmanager
-def _stopped_with_a_word() -> Iterator[None]:
+def _exit_on_signals() -> Iterator[None]:
     """Where nothing else takes SIGTERM and SIGHUP, raise ``SystemExit`` on them, 128 + their number."""
 
     def stop(number: int, frame: object) -> None:

@@ -44,7 +44,7 @@ def read_settings(file: Path, kind: type, *, same_run: bool = False) -> dict[str
             try:
                 fitting[key] = fit(value, known[key])
             except TypeError:
-                wrong.append(f"{key}: got {value!r}, needs {_said(known[key])}")
+                wrong.append(f"{key}: got {value!r}, needs {_type_name(known[key])}")
     if wrong:
         raise ValueError(f"{file}: {'; '.join(wrong)}")
     return fitting
@@ -89,7 +89,7 @@ def fit(value: Any, hint: Any) -> Any:
         return Path(value)
     if type(value) is hint:
         return value
-    raise TypeError(f"got {value!r}, needs {_said(hint)}")
+    raise TypeError(f"got {value!r}, needs {_type_name(hint)}")
 
 
 def _fit_one_of(value: Any, hints: Iterable[Any]) -> Any:
@@ -98,7 +98,7 @@ def _fit_one_of(value: Any, hints: Iterable[Any]) -> Any:
             return fit(value, hint)
         except TypeError:
             continue
-    raise TypeError(f"got {value!r}, needs one of {', '.join(map(_said, hints))}")
+    raise TypeError(f"got {value!r}, needs one of {', '.join(map(_type_name, hints))}")
 
 
 def _float(value: float | str) -> float:
@@ -109,11 +109,11 @@ def _float(value: float | str) -> float:
         raise TypeError(f"got {value!r}, needs float") from None
 
 
-def _said(hint: Any) -> str:
+def _type_name(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return " or ".join(map(repr, get_args(hint)))
     if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(map(_said, get_args(hint)))
+        return " or ".join(map(_type_name, get_args(hint)))
     if hint is type(None):
         return "null"
     return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)

@@ -20,12 +20,12 @@ class BadRow(ValueError):
         self.reason, self.detail, self.where = reason, detail, where
 
     def at(self, where: str) -> BadRow:
-        """The same complaint with its place."""
+        """The same error with its place."""
         return BadRow(self.reason, self.detail, where)
 
 
 class RowReport:
-    """What became of the rows: how many were read, how many skipped and why, and what else is to be said.
+    """What became of the rows: how many were read, how many skipped and why, and notes on those kept.
 
     ``on_bad_row="stop"`` raises the first :class:`BadRow` it is handed; ``"skip"`` counts it by reason.
     ``notes`` counts what happened to rows that were kept.

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Written(NamedTuple):
-    """Token ids, the template's text that they encode, and what is to be said about it."""
+    """Token ids, the template's text that they encode, and notes for the report."""
 
     ids: list[int]
     text: str

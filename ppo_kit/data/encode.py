@@ -1,4 +1,4 @@
-"""Dialogues to token ids through the tokenizer's chat template. Token ids are the truth, text is a view."""
+"""Dialogues to token ids through the tokenizer's chat template."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Encoder:
     template trims, keys of messages that are left out, MOSS lists read as ending with an answer.
 
     Text that spells one of the template's own marks is refused (:class:`ppo_kit.data.Markers`): it would be
-    read as the end of a turn, or as a turn of somebody else. So is a dialogue of which the template leaves
+    read as the end of a turn, or as a turn of another speaker. So is a dialogue of which the template leaves
     something out, and an answer that it does not write behind its prompt (:class:`ppo_kit.data.Chat`).
     """
 
@@ -42,7 +42,7 @@ class Encoder:
         if too_long not in ("bad", "cut"):
             raise ValueError(f"too_long: got {too_long!r}, needs 'bad' or 'cut'")
         if too_long == "cut" and report is None:
-            raise ValueError("report: too_long='cut' needs one, so that what is cut is counted and said")
+            raise ValueError("report: too_long='cut' needs one, so that what is cut is counted and reported")
         self.max_tokens, self.too_long = max_tokens, too_long
         self.report = RowReport() if report is None else report
         self.chat = Chat(tokenizer)

@@ -81,7 +81,7 @@ def _lines(handle: Bytes) -> Iterator[tuple[int, Any]]:
 
 
 def _json(handle: Bytes, path: Path) -> Iterator[tuple[int, Any]]:
-    """A list, values over several lines one after the other, or one row a line."""
+    """A list, values over several lines one after the other, or one row per line."""
     first = b"\n"
     while first and not first.strip():
         first = handle.readline(MAX_ROW_BYTES + 1).removeprefix(BYTE_ORDER_MARK)
@@ -106,7 +106,7 @@ def _goes_on(line: bytes) -> bool:
 
 
 class _Window:
-    """The text of a JSON file, as much of it as one value needs; what was parsed is let go."""
+    """The text of a JSON file, as much of it as one value needs; what was parsed is dropped."""
 
     def __init__(self, handle: Bytes, path: Path) -> None:
         self.handle, self.path = handle, path
@@ -129,7 +129,7 @@ class _Window:
                 return
             if mark != ",":
                 problem = "the list is not closed" if not mark else "more text after a row of the list"
-                raise self.broken(f"{problem}; one row a line is named .jsonl", self.at)
+                raise self.broken(f"{problem}; a file of one row per line is named .jsonl", self.at)
 
     def values(self) -> Iterator[tuple[int, Any]]:
         """Values one after the other, each with the line that it starts in."""
@@ -164,7 +164,7 @@ class _Window:
                 return self.text[self.at : self.at + 1]
 
     def more(self) -> bool:
-        """Let go of what was parsed and read on, as much as is held already; False at the end of the file."""
+        """Drop what was parsed and read on, as much as is in memory already; False at the end of the file."""
         self.here()
         self.text, self.at, self.counted = self.text[self.at :], 0, 0
         data = self.handle.read(max(CHUNK, len(self.text)))

@@ -28,7 +28,7 @@ def step_rows(rows: int, step: int, size: int, seed: int) -> list[int]:
     """The ``size`` row indices of step ``step`` (from 0): slices of one permutation after another.
 
     A step that crosses the end of an epoch goes on in the next permutation, so every row comes exactly once
-    an epoch.
+    per epoch.
 
     >>> sorted(step_rows(6, step=0, size=3, seed=1) + step_rows(6, step=1, size=3, seed=1))
     [0, 1, 2, 3, 4, 5]

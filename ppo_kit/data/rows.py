@@ -21,7 +21,7 @@ def read_rows(source: Source, *, report: RowReport | None = None) -> Iterator[tu
     """Iterate lazily over ``(line number, row)`` of a file or of an iterable of rows; both count from 1.
 
     Files: ``.jsonl`` (blank lines are passed over), ``.json`` (a list, one object over several lines, or one
-    row a line), plain or ``.gz``, and ``.parquet`` where pyarrow is installed. All are read piece by piece;
+    row per line), plain or ``.gz``, and ``.parquet`` where pyarrow is installed. All are read piece by piece;
     a row of over 8 MiB is a bad row. ``report`` counts the rows and decides about bad ones; without it the
     first one stops.
 

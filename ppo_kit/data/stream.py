@@ -25,8 +25,8 @@ class Stream(Iterator[Item], Generic[Item]):
             encoder. Where it stops at a bad row, the next item is the row after it. The log has it after each
             epoch.
         shuffle_buffer: in rows. The file is cut into blocks of this many, and each is shuffled by
-            ``(seed, epoch, block)``: rows do not move between blocks, so a file that is sorted by topic wants
-            shuffling beforehand. 0 keeps the file's order.
+            ``(seed, epoch, block)``: rows do not move between blocks, so shuffle a file that is sorted by
+            topic beforehand. 0 keeps the file's order.
         rank, world_size: rank r of w reads rows r, r + w, r + 2w, …: no row twice, none left out; the ranks'
             shares differ by one row at most.
 

@@ -1,4 +1,4 @@
-"""A tokenizer's chat template as a function from a dialogue to text, in bounded time."""
+"""A tokenizer's chat template as a function from a dialogue to text, with a time limit."""
 
 from __future__ import annotations
 

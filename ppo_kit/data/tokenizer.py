@@ -1,4 +1,4 @@
-"""A tokenizer out of its files, or a reason."""
+"""Load a tokenizer from its files, or name the reason why that fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run the checks one by one; a check that raises is a finding, not an end."""
+"""Run the checks one by one; a check that raises becomes a finding, and the others still run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CHECKS: dict[str, Check] = {
 def examine(subject: Subject, checks: Mapping[str, Check] = CHECKS) -> Iterator[Finding]:
     """Yield the finding of each check as it is made; checks of your own go beside those of ``CHECKS``.
 
-    A part that cannot be loaded fails the first check that asks for it; the others that need it are left out,
+    A part that cannot be loaded fails the first check that needs it; the others that need it are left out,
     as they would repeat the same error.
     """
     errors: set[str] = set()

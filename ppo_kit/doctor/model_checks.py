@@ -32,7 +32,7 @@ def memory(subject: Subject) -> tuple[Level, str, str]:
             work=settings.workload,
             sharding=settings.sharding,
         )
-    except Exception as error:  # an aid: what is wrong with a model is found by the checks that load it
+    except Exception as error:  # the estimate is optional: a broken model is found by the checks that load it
         return "warn", f"not estimated: {str(error).splitlines()[0]}", "watch the memory of the first steps"
     found = f"{estimate}"
     if not estimate.fits:
@@ -46,7 +46,7 @@ def memory(subject: Subject) -> tuple[Level, str, str]:
 
 
 def sampling(subject: Subject) -> tuple[Level, str, str]:
-    """What is drawn is what is scored."""
+    """Tokens are drawn from the distribution that scores them."""
     on = subject.sampling
     if on.unfiltered:
         return "pass", f"as scored, at temperature {subject.settings.temperature:g}", ""

@@ -1,4 +1,4 @@
-"""What is examined: the parts of a run, each loaded when a check first asks for it."""
+"""The parts of a run that the doctor examines, each loaded when a check first needs it."""
 
 from __future__ import annotations
 

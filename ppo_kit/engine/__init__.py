@@ -1,4 +1,4 @@
-"""How a step is run: by plain torch, or by DeepSpeed over ranks."""
+"""How a step is computed: by plain torch, or by DeepSpeed over ranks."""
 
 from typing import TYPE_CHECKING
 

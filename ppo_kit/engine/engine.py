@@ -1,4 +1,4 @@
-"""The engine seam: everything that a recipe needs to run a step, whatever it runs on."""
+"""The interface that a recipe uses to run a step, the same on one process and on many ranks."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ class Engine(ABC):
         engine.close()
 
     Batches, minibatches and metrics are global: every rank holds the whole of them and takes its rows where a
-    model computes. So a recipe says the same on one rank and on many, and statistics over a batch are over
-    all of it.
+    model computes. So a recipe is written the same for one rank and for many, and statistics over a batch are
+    over all of it.
     """
 
     name: ClassVar[str]
@@ -122,7 +122,7 @@ class Engine(ABC):
     def micro_batches(self, minibatch: TensorDictBase, size: int) -> Iterator[TensorDictBase]:
         """This rank's rows of a minibatch that all ranks hold, in pieces of up to ``size``, on the device.
 
-        Rows of like length come together, and each piece is as wide as its longest prompt and its longest
+        Rows of similar length come together, and each piece is as wide as its longest prompt and its longest
         response (``ppo_kit.modules.pieces``). Every rank gets as many pieces. Counts (``num_tokens``)
         are those of the whole minibatch.
         """
@@ -156,7 +156,7 @@ class Engine(ABC):
         return plan_pieces(lengths, size, tokens=tokens, pass_cost=cost, **shared)
 
     def step(self, batch: TensorDictBase, *optimizers: Optimizer) -> list[float]:
-        """A step of each optimizer, or of none: all gradients are looked at before the first weight moves.
+        """A step of each optimizer, or of none: all gradients are checked before the first weight changes.
 
         Returns:
             The norms of the gradients before clipping, over all ranks.

@@ -24,7 +24,7 @@ class NotFinite(FloatingPointError):
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's, which can be told to let a step pass, and says whether any has changed a weight."""
+    """torch's AdamW, which can skip a step, and records whether any step has changed a weight."""
 
     idle = False
     """Leave weights and states alone: what calls ``step`` then only throws its gradients away."""
@@ -142,7 +142,7 @@ class Optimizer:
         return self.move()
 
     def clip(self) -> None:
-        """The first half of ``step``: look at the gradients, and clip them. Raises as ``step``."""
+        """The first half of ``step``: check the gradients, and clip them. Raises as ``step``."""
         self._clip_gradients()
         if not math.isfinite(self._norm):
             raise NotFinite(
@@ -155,7 +155,7 @@ class Optimizer:
         self.adamw.step()
         self._advance()
         self.clear()
-        self._warn_if_still(moved=self.adamw.moved)
+        self._warn_if_unchanged(moved=self.adamw.moved)
         return self._norm
 
     def clear(self) -> None:
@@ -186,8 +186,8 @@ class Optimizer:
         }[self._schedule]
         return min(1.0, n / warm) * decay
 
-    def _warn_if_still(self, *, moved: bool) -> None:
-        """Say once why no weight changed: at the first step, and at the first one with a gradient."""
+    def _warn_if_unchanged(self, *, moved: bool) -> None:
+        """Warn once why no weight changed: at the first step, and at the first one with a gradient."""
         if self._judged:
             return
         self._judged = self._norm > 0

@@ -1,4 +1,6 @@
-"""What the processes of one run (its ranks) share. A process on its own is one rank, and all of this is free.
+"""What the processes of one run (its ranks) share.
+
+A process on its own is one rank, and nothing here then costs time.
 
 Ranks are those of ``torch.distributed``, which ``ppo_kit.engine.start_engine`` sets up. Every function here
 that asks other ranks has to be called by all of them, in the same order.
@@ -78,7 +80,7 @@ def first_of(value: T | None) -> T | None:
 
 
 def from_main(make: Callable[[], T]) -> T:
-    """What ``make()`` returns on rank 0, on every rank. Where it raises there, the others end quietly."""
+    """What ``make()`` returns on rank 0, on every rank. Where it raises there, the others exit silently."""
     if world_size() == 1:
         return make()
     made: list[Any] = [None, False]

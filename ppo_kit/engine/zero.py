@@ -57,7 +57,8 @@ class DeepSpeedEngine(Engine):
             return
         from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-        held = HfDeepSpeedConfig(self.config)  # transformers looks for it while it lives
+        # transformers holds a weak reference to it: keep it alive.
+        held = HfDeepSpeedConfig(self.config)
         try:
             yield
         finally:
@@ -147,7 +148,7 @@ class ZeroOptimizer(Optimizer):
         if not 0 <= self._norm < float("inf"):
             raise NotFinite(f"{self.name}: gradient norm is {self._norm}; its step was not taken")
         self._advance()
-        self._warn_if_still(moved=self._judged or ranks.any_rank(self.adamw.moved))
+        self._warn_if_unchanged(moved=self._judged or ranks.any_rank(self.adamw.moved))
         return self._norm
 
     def clear(self) -> None:

@@ -49,7 +49,7 @@ def length_penalty(mask: Tensor, *, per_token: float, free: int = 0) -> Tensor:
     TRL's PPO do not have it.
 
     Args:
-        mask: [B,T] bool. per_token: units of reward a token, at least 0. free: tokens that cost nothing.
+        mask: [B,T] bool. per_token: units of reward per token, at least 0. free: tokens that cost nothing.
     Returns:
         [B] float32, at most 0.
     Raises:

@@ -4,7 +4,7 @@
     python -m ppo_kit.memory --policy LLAMA-7B --ranks 8 --zero-stage 3 --bf16 --device cuda
 
 Models are built of tensors without data, and one step of sampling, scoring and training is simulated with
-them while the bytes alive are counted; attention kernels are those of a CPU. Weights and optimizer states are
+them while the bytes alive are counted; attention is computed as on a CPU. Weights and optimizer states are
 float32, as in a run; DeepSpeed's are sharded over ranks, and bfloat16 over float32 ones with ``--bf16``.
 """
 

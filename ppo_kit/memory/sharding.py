@@ -1,4 +1,4 @@
-"""What ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054, Figure 1) leaves of a memory estimate on a rank."""
+"""What ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054, Figure 1) leaves of a memory estimate per rank."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Sharding:
     def items(
         self, weights: dict[str, tuple[int, str]], trained: int, *, itemsize: int, gpu: bool, models: int = 2
     ) -> dict[str, tuple[int, str]]:
-        """Bytes a rank, by what needs them, activations aside.
+        """Bytes per rank, by what needs them, activations aside.
 
         Args:
             weights: {model: (bytes of its weights, why)}.

@@ -69,26 +69,26 @@ def head_form(model: Any) -> HeadForm | None:
 
 
 class TokenReader(nn.Module):
-    """A causal language model; where ``said`` is given, what it says of those tokens instead of logits.
+    """A causal language model; with ``scored``, log-probabilities of those tokens instead of logits.
 
-    Without ``said``: the model's own output. With ``said`` [B,L], of N tokens, True at the positions before
-    them (so never at the last one): (log-probabilities,) or, if ``entropy``, (log-probabilities, entropies),
-    each float32 [N].
+    Without ``scored``: the model's own output. With ``scored`` [B,L], of N tokens, True at the positions
+    before them (so never at the last one): (log-probabilities,) or, if ``entropy``, (log-probabilities,
+    entropies), each float32 [N].
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, *, said: Tensor | None = None, **inputs: Any) -> Any:
-        if said is None:
+    def forward(self, *, scored: Tensor | None = None, **inputs: Any) -> Any:
+        if scored is None:
             return self.model(**inputs)
         names = ("form", "temperature", "valid_ids", "entropy")
         settings = {name: inputs.pop(name) for name in names}
         model: Any = self.model
         hidden = model.base_model(**inputs).last_hidden_state
         return token_readings(
-            hidden, plain_model(model).get_output_embeddings(), inputs["input_ids"], said, **settings
+            hidden, plain_model(model).get_output_embeddings(), inputs["input_ids"], scored, **settings
         )
 
 
@@ -97,7 +97,7 @@ def token_readings(
     hidden: Tensor,
     head: nn.Linear,
     ids: Tensor,
-    said: Tensor,
+    scored: Tensor,
     *,
     form: HeadForm,
     temperature: float,
@@ -105,7 +105,7 @@ def token_readings(
     entropy: bool,
 ) -> tuple[Tensor, ...]:
     """What ``TokenReader`` returns, from hidden states [B,L,H] and ids [B,L]."""
-    at = said.flatten().nonzero().squeeze(1)
+    at = scored.flatten().nonzero().squeeze(1)
     states = hidden.flatten(0, 1).index_select(0, at).to(head.weight.dtype)
     if valid_ids is not None:
         valid_ids = nn.functional.pad(valid_ids, (0, len(head.weight) - len(valid_ids)))

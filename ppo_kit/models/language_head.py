@@ -43,33 +43,33 @@ class RewardWithLanguageHead(RewardModel):
     def compute(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         prompt_ids, prompt_mask, _, response_mask = inputs
         if len(prompt_ids) % 2:
-            raise ValueError(f"{type(self).__name__}: got {len(prompt_ids)} rows, needs two a pair")
+            raise ValueError(f"{type(self).__name__}: got {len(prompt_ids)} rows, needs two per pair")
         ids, mask, positions = join(*inputs)
-        said = torch.zeros_like(ids, dtype=torch.bool)
+        scored = torch.zeros_like(ids, dtype=torch.bool)
         # Position P-1+t is the state before token t.
         preferred, before = len(ids) // 2, slice(prompt_ids.shape[1] - 1, -1)
-        said[:preferred, before] = response_mask[:preferred]
+        scored[:preferred, before] = response_mask[:preferred]
         with self.autocast():
             scalars, log_probs = self.call(
-                input_ids=ids, attention_mask=mask, position_ids=positions, said=said, use_cache=False
+                input_ids=ids, attention_mask=mask, position_ids=positions, scored=scored, use_cache=False
             ).unbind(-1)
         return at_last_token(scalars, prompt_mask, response_mask), log_probs[:, before]
 
 
 class TwoHeads(nn.Module):
     """One forward of the backbone under both heads: float32 [B,L,2], at every position the scalar and the
-    log-probability of the token after it; the latter is 0 where ``said`` [B,L] is False.
+    log-probability of the token after it; the latter is 0 where ``scored`` [B,L] is False.
     """
 
     def __init__(self, model: PreTrainedModel, head: nn.Parameter) -> None:
         super().__init__()
         self.model, self.head = model, head
 
-    def forward(self, *, input_ids: Tensor, said: Tensor | None = None, **inputs: Any) -> Tensor:
-        if said is None:
-            said = torch.ones_like(input_ids, dtype=torch.bool)
+    def forward(self, *, input_ids: Tensor, scored: Tensor | None = None, **inputs: Any) -> Tensor:
+        if scored is None:
+            scored = torch.ones_like(input_ids, dtype=torch.bool)
         hidden = self.model.base_model(input_ids=input_ids, **inputs).last_hidden_state.to(self.head.dtype)
-        at = said[:, :-1].nonzero(as_tuple=True)
+        at = scored[:, :-1].nonzero(as_tuple=True)
         found = linear_token_log_probs(hidden[at], self.head, input_ids[:, 1:][at])
         log_probs = found.new_zeros(input_ids.shape).index_put(at, found)
         with torch.autocast(hidden.device.type, enabled=False):

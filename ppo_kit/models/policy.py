@@ -64,9 +64,9 @@ class Policy(ModelModule):
     r"""``log_probs`` and ``entropy`` of the response tokens under a causal language model.
 
     log π(y_t | x, y_<t) at temperature τ is log softmax(z_t / τ)[y_t], with z_t the float32 logits at
-    position P-1+t, the state before token t. Logits are made at valid response tokens alone, and not held
-    (``linear_token_log_probs``), where the model's are those of its output matrix on its last hidden states,
-    which is tried at first use; for other models, and sharded weights, all [B,T,V] are held.
+    position P-1+t, the state before token t. Logits are computed at valid response tokens only, and not
+    stored (``linear_token_log_probs``), where the model's are those of its output matrix on its last hidden
+    states, which is tried at first use; for other models, and sharded weights, all [B,T,V] are stored.
 
     Args:
         model: any ``AutoModelForCausalLM``.
@@ -145,15 +145,15 @@ class Policy(ModelModule):
             return self._read_from_logits(*inputs, entropy=entropy)
         response_mask = inputs[3]
         ids, mask, positions = join(*inputs)
-        said = torch.zeros_like(mask, dtype=torch.bool)
-        said[:, -response_mask.shape[1] - 1 : -1] = response_mask
+        scored = torch.zeros_like(mask, dtype=torch.bool)
+        scored[:, -response_mask.shape[1] - 1 : -1] = response_mask
         with self.autocast():
             found = self.call(
                 input_ids=ids,
                 attention_mask=mask,
                 position_ids=positions,
                 use_cache=False,
-                said=said,
+                scored=scored,
                 form=self._form,
                 temperature=self.temperature,
                 valid_ids=self.valid_ids,
@@ -206,7 +206,7 @@ def autocast(model: PreTrainedModel, dtype: torch.dtype) -> torch.autocast:
 
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """Keep one activation a layer and recompute the others in the backward pass.
+    """Keep one activation per layer and recompute the others in the backward pass.
 
     It switches the cache of keys and values off while ``model`` is in training mode, where it is put here:
     sample in evaluation mode. Raises ``ValueError`` where the model does not offer it.
@@ -220,7 +220,7 @@ def checkpoint_activations(model: nn.Module) -> None:
 
 
 def cache_of(out: Any, name: str) -> Any:
-    """What the model ``name`` keeps of the tokens that it has read; ``ValueError`` where that is nothing."""
+    """The cache that the model ``name`` returned; ``ValueError`` where it returned none."""
     cache = getattr(out, "past_key_values", None)
     if cache is None:
         raise ValueError(

@@ -18,8 +18,8 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
 def ids_with_token(tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """[N] bool: which ids below :func:`vocabulary_size` are a token of the tokenizer.
 
-    The rows of a model beyond them, and ids that the tokenizer leaves out, are no text: ``Policy`` takes this
-    as ``valid_ids`` and never samples them.
+    The rows of a model beyond them, and ids that the tokenizer leaves out, stand for no text: ``Policy``
+    takes this as ``valid_ids`` and never samples them.
     """
     valid = torch.zeros(vocabulary_size(tokenizer), dtype=torch.bool)
     valid[list(tokenizer.get_vocab().values())] = True

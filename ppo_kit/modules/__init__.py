@@ -1,4 +1,7 @@
-"""TensorDict modules: thin shells over ``ppo_kit.functional`` that move keys and keep state."""
+"""TensorDict modules: they read and write keys of the batch, and keep state.
+
+The maths is in ``ppo_kit.functional``.
+"""
 
 from typing import TYPE_CHECKING
 

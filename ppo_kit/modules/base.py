@@ -1,4 +1,4 @@
-"""What every TensorDict module of ours shares: keys to rename, and errors that name module and key."""
+"""What every TensorDict module of this package shares: keys to rename, errors with module and key."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class BatchModule(Float64Buffers, TensorDictModuleBase):
 
     A subclass names its default keys in ``IN`` and ``OUT`` and implements ``compute(*inputs)``, which gets
     the tensors of ``in_keys`` in order and returns those of ``out_keys`` (one tensor, or a tuple of them).
-    Both lists can be given to the constructor, nested keys included, as in TorchRL. A renamed key is still
-    held to the shape of the default key it stands for.
+    Both lists can be given to the constructor, nested keys included, as in TorchRL. A renamed key must
+    have the shape of the default key that it replaces.
 
     A module names the mask that it reads: ``loss_mask`` (the token is trained on: losses), ``action_mask``
     (the policy chose the token: advantages, KL, statistics of the policy) or ``response_mask`` (a token is

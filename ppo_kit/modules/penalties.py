@@ -59,7 +59,7 @@ class SumScores(BatchModule):
 
 
 class ScoreWhiten(BatchModule):
-    """r' = (r − mean) / √(var + eps) over the responses of the batch at hand, with no memory.
+    """r' = (r − mean) / √(var + eps) over the responses of this batch alone.
 
     Keys: score [B] -> shaped_score [B]; rows that ``abstained`` [B] marks are left out and get 0.
 
@@ -87,7 +87,7 @@ class LengthPenalty(BatchModule):
     Keys: shaped_score [B], response_mask [B,T] -> shaped_score [B].
 
     Args:
-        per_token: units of score a token, 0 or more. free: tokens that cost nothing.
+        per_token: units of score per token, 0 or more. free: tokens that cost nothing.
 
     >>> from tensordict import TensorDict
     >>> batch = TensorDict({"shaped_score": torch.tensor([1.0]),

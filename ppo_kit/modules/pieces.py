@@ -1,4 +1,4 @@
-"""The pieces that a model reads: rows of like length together, each piece cut to its own width."""
+"""Split a batch into micro-batches: rows of similar length together, each cut to its own width."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PASS_COST = 64
 """What a pass costs beside its slots, in slots. Measured on a CPU: 30 to 90 for a model of 1.1M parameters,
 15 for one of 23M."""
 GPU_PASS_COST = 4096
-"""The same on a GPU. An estimate, not measured: 10 to 30 ms of kernel launches against 1 to 15 µs a token."""
+"""The same on a GPU. An estimate, not measured: 10 to 30 ms of kernel launches, 1 to 15 µs per token."""
 
 
 def micro_batches(
@@ -26,7 +26,7 @@ def micro_batches(
 ) -> Iterator[TensorDictBase]:
     """Split one optimizer step's minibatch into pieces of up to ``size`` rows that fit in memory.
 
-    Rows of like length come together, and each piece is as wide as its longest prompt and its longest
+    Rows of similar length come together, and each piece is as wide as its longest prompt and its longest
     response (``plan_pieces``, ``take``); rows of one piece keep their order. The losses of the pieces add up
     to the loss of the whole: call ``backward`` on each and step once. A minibatch without counts (not from
     ``minibatches``) is given its own. Nothing is written to ``minibatch``.
@@ -89,7 +89,7 @@ def plan_pieces(
         lengths: [B,2], as ``lengths_of`` gives them.
         size: most rows of a piece (on each of ``multiple`` ranks).
         tokens: most slots of a piece (on each rank); a row that is longer is a piece of its own. 0: no limit.
-        multiple: ranks that share each piece, dealt to them in turn: rows of a piece are then a multiple of
+        multiple: ranks that share each piece, row by row in turn: rows of a piece are then a multiple of
             it, all but for the last piece, and are in order of length.
         agree: given the ordered lengths [3,B,2], returns those that all ranks plan by, where each has rows
             of its own and all need as many pieces (their elementwise maximum).
@@ -105,7 +105,7 @@ def plan_pieces(
     whole, least = count * int(lengths.amax(0).sum()), int(lengths.sum())
     fits = count <= size * multiple and whole <= (tokens * multiple or whole)
     if agree is None and fits and whole - least <= pass_cost * multiple:
-        return [list(range(count))]  # no cut could pay
+        return [list(range(count))]  # no cut could save more than a pass costs
     prompt, response = lengths.unbind(1)
     # Stable sorts: rows of one length keep their order.
     by_prompt = torch.argsort(prompt, descending=True, stable=True)
@@ -119,7 +119,7 @@ def plan_pieces(
     ordered = lengths[orders]
     if agree is not None:
         ordered = agree(ordered)
-    # Of rows that ranks share, the longest of each hand that is dealt.
+    # One row of each rank makes a hand; all ranks pad to its longest row.
     filler = -count % multiple
     hands = torch.nn.functional.pad(ordered, (0, 0, 0, filler)).unflatten(1, (-1, multiple)).amax(2)
     plans = [_cheapest_cuts(tuple(map(tuple, each.tolist())), size, tokens, pass_cost) for each in hands]

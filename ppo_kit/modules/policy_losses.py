@@ -109,8 +109,8 @@ class PPOPenalty(RatioLoss):
 class KLCov(RatioLoss):
     """L = −ρ_t A_t, plus β |log ρ_t| for the share of tokens that lowers the entropy most (Cui et al. 2025).
 
-    Which tokens those are is decided within the batch at hand, so this loss alone depends on how a minibatch
-    is split; give it whole minibatches.
+    Which tokens those are is decided within the batch it is given, so this loss alone depends on how a
+    minibatch is split; give it whole minibatches.
 
     Args:
         fraction: share of the valid tokens, in (0, 1]. beta: 0 or more.

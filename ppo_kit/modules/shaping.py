@@ -23,9 +23,9 @@ class Shaping(TensorDictSequential):
     with what its KL makes of it). This holds for modules of your own too. No gradient flows.
 
     ``shape(batch)`` is the hand-written order ``normalize.update(batch)``, the chain, ``penalty.update``.
-    Where a batch is only to be looked at, call ``shape(batch, learn=False)``: no state changes. While the
-    critic is pre-trained and the policy stands still, ``learn="before_forward"`` keeps KL controllers from
-    answering to a KL that they cannot change.
+    For a batch that must not change the state, as in an evaluation, call ``shape(batch, learn=False)``. While
+    the critic is pre-trained and the policy does not change, ``learn="before_forward"`` keeps KL controllers
+    from reacting to a KL that they cannot influence.
 
     Args:
         modules: TensorDict modules in order; a ``TensorDictSequential`` among them is replaced by its parts.

@@ -52,9 +52,9 @@ def minibatches(
 ) -> Iterator[TensorDictBase]:
     """Yield shuffled minibatches of ``size`` rows, each for one optimizer step and with its counts.
 
-    Every row comes exactly once an epoch, in an order drawn anew from ``generator``; the last minibatch may
-    be smaller. Rows are copied: nothing is written to ``batch``, and no column is trimmed. ``rollout_row``
-    [B] says which rows of ``batch`` they are.
+    Every row comes exactly once per epoch, in a new order from ``generator`` each time; the last minibatch
+    may be smaller. Rows are copied: nothing is written to ``batch``, and no column is trimmed.
+    ``rollout_row`` [B] says which rows of ``batch`` they are.
 
     Args:
         generator: of the device the permutation is to be drawn on; its state is all the randomness there is.

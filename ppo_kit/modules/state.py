@@ -13,7 +13,7 @@ class Float64Buffers(nn.Module):
     """Base of modules whose float64 buffers stay float64 under ``.half()``, ``.to(dtype)`` and the like.
 
     A count in float16 ends at 65504 and a coefficient in bfloat16 no longer moves. Devices change as usual.
-    Put it first among the bases of a controller or part of your own that learns.
+    Make it the first base class of a controller or module of your own that keeps such state.
 
     >>> from ppo_kit.modules import FixedKL
     >>> FixedKL(0.1).half().coef

@@ -1,4 +1,4 @@
-"""Say during a run that the policy has begun to collapse, and which metrics said so."""
+"""Detect during a run that the policy begins to collapse, and name the metrics that show it."""
 
 from __future__ import annotations
 
@@ -67,12 +67,12 @@ class Alarm:
 
 @dataclass
 class CollapseWatch:
-    """Watch the metrics of a run: ``update`` once a step; it says so once when collapse has begun.
+    """Watch the metrics of a run: ``update``, once per step, returns an alarm when a collapse begins.
 
-    A sign counts when it is shown at ``patience`` steps in a row, and the watch speaks when ``votes`` signs
-    count at one step. The start of the run, which some signs are compared with, is the mean of the first
-    ``start`` steps, in which the watch is silent. Metrics that a run does not log are no signs; a metric that
-    is not finite shows its sign.
+    A sign counts when it is shown at ``patience`` steps in a row, and the alarm is raised when ``votes``
+    signs count at one step. The start of the run, which some signs are compared with, is the mean of the
+    first ``start`` steps, during which no alarm is raised. Metrics that a run does not log are no signs; a
+    metric that is not finite shows its sign.
 
     Args:
         signs: the metrics and their limits.
@@ -81,7 +81,7 @@ class CollapseWatch:
         start: steps that the run's start is averaged over.
 
     Attributes:
-        alarm: what was said, None so far.
+        alarm: the alarm that was raised; None before.
 
     >>> watch = CollapseWatch((Sign("kl", above=1.0),), votes=1, patience=2, start=1)
     >>> [watch.update(step, {"kl": kl}) is None for step, kl in enumerate([0.0, 2.0, 2.0, 2.0], 1)]

@@ -11,7 +11,7 @@ from ppo_kit.batch import present_key
 def check_first_ratio(minibatch: TensorDictBase, *, tolerance: float = 1e-2) -> float:
     """max |log π − log π_old| over the actions, or an error where it exceeds ``tolerance``.
 
-    Before the first optimizer step of an update the two are one policy, and the ratio is 1 up to rounding.
+    Before the first optimizer step of an update both are the same policy, and the ratio is 1 up to rounding.
     Where it is not, sampling and scoring differ: a mask, position ids, dropout, temperature or precision.
 
     Args:

@@ -1,4 +1,4 @@
-"""What a mean hides: extremes and spread, groups of one score, repetition, sampler against scorer."""
+"""Metrics beside the means: extremes and spread, equal scores, repetition, sampler against scorer."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from tensordict import TensorDictBase
 
 
 class StepObserver(Protocol):
-    """What is told when a step begins, which of its parts runs, and when it is logged."""
+    """Is called when a step begins, when each of its parts runs, and when it is logged."""
 
     def begin(self) -> None:
         """A step begins."""
@@ -29,7 +29,7 @@ _observers: list[StepObserver] = []
 
 @contextmanager
 def observing(observer: StepObserver) -> Iterator[None]:
-    """Tell ``observer`` of the steps that any run takes within this context (``ppo-kit profile``)."""
+    """Call ``observer`` for the steps that any run takes within this context (``ppo-kit profile``)."""
     _observers.append(observer)
     try:
         yield

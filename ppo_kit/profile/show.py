@@ -12,7 +12,7 @@ _HEAD = (
 
 
 def tables(found: Profile) -> str:
-    """One line a part, then the slowest operators of each."""
+    """One line per part, then the slowest operators of each."""
     rows = [_HEAD, *[_row(each, found) for each in found.parts]]
     rows.append(("step", f"{found.seconds:.3f}", "100%", "", "", "", ""))
     widths = [max(len(row[index]) for row in rows) for index in range(len(_HEAD))]

@@ -17,7 +17,7 @@ from ppo_kit.report.curves import (
     dress,
     label_ends,
     label_of,
-    say_empty,
+    note_no_data,
     smooth,
     window_of,
 )
@@ -88,7 +88,7 @@ def draw_comparison(
             label_ends(axes, ends)
             axes.set_xlabel("PPO step", fontsize=9, color=FAINT)
         else:
-            say_empty(axes)
+            note_no_data(axes)
     seeds = sorted({len(each) for each in runs.values()})
     count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     note = "one run each" if seeds == [1] else f"line: mean of {count} seeds; band: their range"

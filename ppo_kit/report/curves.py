@@ -101,7 +101,7 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
         )
 
 
-def say_empty(axes: Axes) -> None:
+def note_no_data(axes: Axes) -> None:
     axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=FAINT, fontsize=9)
     axes.set_xticks([])
     axes.set_yticks([])

@@ -25,7 +25,7 @@ from ppo_kit.report.curves import (
     dress,
     label_ends,
     label_of,
-    say_empty,
+    note_no_data,
     smooth,
     window_of,
 )
@@ -116,7 +116,7 @@ def _draw_panel(axes: Axes, rows: Sequence[Mapping[str, Any]], name: str, *, col
     if np.isfinite(values).any():
         draw_curve(axes, steps, values, color=color)
     else:
-        say_empty(axes)
+        note_no_data(axes)
 
 
 def _draw_rewards(figure: Figure, place: SubplotSpec, rows: Sequence[Mapping[str, Any]]) -> Axes:
@@ -169,7 +169,7 @@ def _draw_distribution(axes: Axes, scores: Mapping[int, Sequence[float | None]])
     dress(axes, "distribution of reward-model scores over responses", color=BLUE)
     steps = sorted(step for step, values in scores.items() if any(value is not None for value in values))
     if not steps:
-        say_empty(axes)
+        note_no_data(axes)
         return
     groups = np.array_split(np.array(steps), min(_COLUMNS, len(steps)))
     pooled = [np.array([v for step in group for v in scores[step] if v is not None]) for group in groups]

@@ -1,7 +1,7 @@
 """A page on which responses are read token by token, with the numbers of PPO as colour behind the text.
 
 The page needs no network. What a model wrote reaches it as JSON and is set as text, never as markup; its
-policy lets this page's own script run and no other.
+content security policy allows this page's own script and no other.
 """
 
 from __future__ import annotations

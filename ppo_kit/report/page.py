@@ -1,6 +1,7 @@
-"""One page a run, to read and to send: the picture, what changed on held-out prompts, sampled responses.
+"""One page per run, to read and to send: the picture, what changed on held-out prompts, sampled responses.
 
-What a model wrote is text here, never markup: the template escapes it, and the page's policy runs no script.
+What a model wrote is text here, never markup: the template escapes it, and the page's content security
+policy allows no script.
 """
 
 from __future__ import annotations

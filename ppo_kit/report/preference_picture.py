@@ -20,7 +20,7 @@ from ppo_kit.report.curves import (
     draw_curve,
     dress,
     label_ends,
-    say_empty,
+    note_no_data,
     window_of,
 )
 from ppo_kit.report.history import read_json, read_rows, series
@@ -68,7 +68,7 @@ def draw_preference_report(folder: Path, path: Path | None = None) -> Path:
 def _draw_accuracy(axes: Axes, rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
     dress(axes, "share of pairs ranked right")
     if not rows:
-        say_empty(axes)
+        note_no_data(axes)
         return
     steps, values = series(rows, "accuracy")
     draw_curve(axes, steps, values, color=BLUE)

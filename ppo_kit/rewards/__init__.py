@@ -1,4 +1,4 @@
-"""Rewards that are no model of ours: Python functions, verifiers, reward models with another tokenizer."""
+"""Rewards: Python functions, verifiers, reward models with another tokenizer, and weighted sums of them."""
 
 from typing import TYPE_CHECKING
 

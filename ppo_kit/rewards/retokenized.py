@@ -26,10 +26,10 @@ class RetokenizedReward(BatchModule):
     """``score`` [B]: the response is decoded, put into the reward model's own template, encoded and scored.
 
     The prompt comes as dialogues, not as text: ``messages`` in the batch, one list of
-    ``{"role", "content"}`` a row, all turns of it (``batch["messages"] = NonTensorStack(*dialogues)``). The
+    ``{"role", "content"}`` per row, all turns of it (``batch["messages"] = NonTensorStack(*dialogues)``). The
     policy's template cannot be undone from decoded text. The response is added as the last turn. Strings
     that the reward model's tokenizer reads as marks of a turn, or as special tokens, are cut out of all
-    texts: with them a policy could end its turn and speak for somebody else.
+    texts: with them a policy could end its turn and write the next one as if it came from the user.
 
     Args:
         model: a one-label sequence classifier. tokenizer: its own, with a chat template.
@@ -37,7 +37,7 @@ class RetokenizedReward(BatchModule):
         ending: ``template`` closes the answer as the reward model's template does, as most published ones
             were trained and are used. ``end_of_turn`` stops at the end-of-turn token, and leaves it out of a
             truncated response, as ``recipes/reward_model.py`` trains.
-        micro_batch_size: dialogues a forward. dtype: what the model computes in, as ``RewardModel``.
+        micro_batch_size: dialogues per forward pass. dtype: what the model computes in, as ``RewardModel``.
 
     Raises:
         ValueError: the tokenizer has no chat template, or more tokens than the model has rows; a dialogue
@@ -72,7 +72,7 @@ class RetokenizedReward(BatchModule):
         self.chat = Chat(tokenizer)
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         self.markers = Markers(tokenizer, self.chat.end_ids, also=special)
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
 
     @torch.no_grad()
     def forward(self, batch: TensorDictBase) -> TensorDictBase:
@@ -95,7 +95,7 @@ class RetokenizedReward(BatchModule):
         """The reward model's ids of the dialogue with ``answer`` as its last turn."""
         turns: Dialogue = [{"role": m["role"], "content": self.markers.cut(m["content"])} for m in messages]
         answer = self.markers.cut(answer)
-        self._say_what_is_left_out(turns)
+        self._warn_of_left_out_turn(turns)
         if self.ending == "template":
             return self.chat.encode(
                 render(self.tokenizer, [*turns, {"role": "assistant", "content": answer}])
@@ -116,10 +116,10 @@ class RetokenizedReward(BatchModule):
                 f"messages {short(messages)}, response {short(answer)}"
             ) from error
 
-    def _say_what_is_left_out(self, turns: Dialogue) -> None:
+    def _warn_of_left_out_turn(self, turns: Dialogue) -> None:
         role = self.chat.left_out(turns)
-        if role and role not in self._said:
-            self._said.add(role)
+        if role and role not in self._warned:
+            self._warned.add(role)
             logger.warning("the reward model's chat template leaves out the %s turn: it is not scored", role)
 
     def _score(self, rows: list[list[int]]) -> Tensor:

@@ -35,14 +35,14 @@ class RowWorkers:
     """``workers`` threads, or processes, that call ``function(*arguments)`` for one row each at a time.
 
     Threads suit functions that wait (a web service); processes those that compute, and they can be killed
-    when they hang, while a thread that hangs is left behind until the program ends. Processes know
-    nothing of this one, so the function must be importable from a module. Workers are kept between calls;
-    results come in the order of the rows.
+    when they hang, while a thread that hangs is left behind until the program ends. Processes do not
+    share memory with this one, so the function must be importable from a module. Workers are kept between
+    calls; results come in the order of the rows.
 
     Args:
         function: called as ``function(*row)``.
         workers: how many rows at a time.
-        timeout: seconds a row may take from when a worker got it; None waits forever.
+        timeout: seconds per row, from when a worker got it; None waits forever.
         processes: processes instead of threads.
 
     Raises:
@@ -174,7 +174,7 @@ def _serve(function: Callable[..., Any], connection: Connection) -> None:
             row = pickle.loads(connection.recv_bytes())
             try:
                 answer = pickle.dumps((True, function(*row)))
-            except BaseException as error:  # a thread that ends in silence is waited for, for ever
+            except BaseException as error:  # the caller would wait for ever for a thread without an answer
                 answer = pickle.dumps((False, f"{type(error).__name__}: {error}"))
             connection.send_bytes(answer)
     except (EOFError, OSError):

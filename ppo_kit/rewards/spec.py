@@ -168,8 +168,8 @@ def load_function(spec: RewardSpec) -> Callable[..., Any]:
             function = function()
         except Exception as error:
             raise ValueError(
-                f"--reward {spec}: {attribute}() raised {_said(error)}; a class is made without arguments, "
-                f"an instance of it can be named as well"
+                f"--reward {spec}: {attribute}() raised {_in_words(error)}; a class is made without "
+                f"arguments, an instance of it can be named as well"
             ) from error
     if not callable(function):
         raise ValueError(
@@ -189,7 +189,7 @@ def _load(place: str, where: str) -> ModuleType:
     try:
         return importlib.import_module(place) if file is None else _run_file(file)
     except (Exception, SystemExit) as error:
-        raise ValueError(f"{where}: loading {place} raised {_said(error)}") from error
+        raise ValueError(f"{where}: loading {place} raised {_in_words(error)}") from error
 
 
 def _run_file(file: Path) -> ModuleType:
@@ -207,5 +207,5 @@ def _run_file(file: Path) -> ModuleType:
     return sys.modules[name]
 
 
-def _said(error: BaseException) -> str:
+def _in_words(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"

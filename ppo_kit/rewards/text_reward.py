@@ -17,7 +17,8 @@ from ppo_kit.rewards.row_workers import RowError, RowTimeout, RowWorkers
 RewardFunction = Callable[..., "Sequence[float | None] | Tensor"]
 """(prompts, responses, batch) -> one number per row, or [B,T], None for a row it cannot judge.
 
-Token ids are the truth and are in the batch. Or (prompts, responses, *, answer, …): columns by their names.
+Decoding can lose text; the exact token ids are in the batch. The other form is
+(prompts, responses, *, answer, …), with columns by their names.
 """
 
 
@@ -33,7 +34,7 @@ class TextReward(BatchModule):
         tokenizer: decodes both texts.
         workers: 0 calls the function once, on the whole batch. With n it is called on one row at a time,
             batch included, n rows at once: for rewards that are slow.
-        timeout: seconds a row may take; needs workers.
+        timeout: seconds per row; needs workers.
         processes: workers are processes instead of threads; the function must be importable.
         out_keys: ``["gold_score"]`` for a gold reward that is only watched; without a key for ``abstained``
             it keeps this name.
@@ -165,7 +166,7 @@ class TextReward(BatchModule):
 class TokenReward(TextReward):
     """``token_scores`` [B,T] from a function that gives one number per token, and ``score`` [B], their sum.
 
-    What the function gives in masked slots is not looked at; ``token_scores`` is 0 there, and in the whole of
+    What the function gives in masked slots is ignored; ``token_scores`` is 0 there, and in the whole of
     a row that it gives None for. Arguments and errors are those of ``TextReward``.
     """
 

@@ -1,4 +1,4 @@
-"""Checkpoints that are either whole or not there, and hold no pickled code.
+"""Checkpoints: written completely or not at all, without pickled code.
 
 ``checkpoints/step-000080/state.pt`` is written in a temporary folder, synced to disk and renamed; the text
 file ``checkpoints/latest``, which names the folder to resume from, moves last.
@@ -57,7 +57,7 @@ def save_checkpoint(
         os.rename(temporary, final)
         sync_folder(folder)
         write_whole(folder / "latest", final.name + "\n")
-    except (OSError, RuntimeError) as error:  # torch.save says RuntimeError where a disk is full, and not why
+    except (OSError, RuntimeError) as error:  # torch.save on a full disk: no reason given
         last, free = _named_by(folder / "latest"), shutil.disk_usage(folder).free
         for written in (temporary, final):
             if written != last:
@@ -83,7 +83,7 @@ def load_checkpoint(
     """(step, state) of the checkpoint that ``latest`` names, tensors on the CPU; None when there is none.
 
     Where ``latest`` is missing, empty or names no folder beside it, the newest checkpoint that is whole is
-    taken, and ``note`` is told.
+    taken, and ``note`` is called with it.
 
     Raises ``CheckpointError`` where the one that ``latest`` names, or every one, is damaged (as
     ``read_checkpoint``).
@@ -126,7 +126,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         state = torch.load(file, map_location="cpu", weights_only=True)
         if not isinstance(state, dict):
             raise CheckpointError(f"it holds a {type(state).__name__}, not a dict")
-    except Exception as error:  # there is no end to what a damaged file makes a parser raise
+    except Exception as error:  # a damaged file can make a parser raise any exception
         raise CheckpointError(
             f"{file} is no checkpoint that can be resumed from: {_first_line(error)}"
         ) from error

@@ -18,7 +18,7 @@ from ppo_kit.run.progress import Progress
 def show_ending(folder: Path, summary: Mapping[str, Any], progress: Progress) -> None:
     """Draw the run in ``folder``, print the table of ``summary`` and what was written.
 
-    A picture that cannot be drawn is no reason to end a run that is trained and saved: it is said.
+    A picture that cannot be drawn does not fail a run that is trained and saved; a line says so.
     """
     for name in ("draw_dashboard", "write_report"):
         try:

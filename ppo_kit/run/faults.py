@@ -1,4 +1,4 @@
-"""What is not finite stops a step before it touches the weights, and is written to a file to look at."""
+"""Stop a step before a value that is not finite reaches the weights, and write its batch to a file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Clearable(Protocol):
 
 
 def check_finite(batch: TensorDictBase, *, of: TensorDictBase | None = None) -> TensorDictBase:
-    """Return ``batch`` unchanged; looked at are its schema keys, where ``action_mask`` is True, and losses.
+    """Return ``batch`` unchanged; checked are its schema keys, where ``action_mask`` is True, and losses.
 
     Where the batch lacks ``action_mask``, ``response_mask`` says what counts.
 
@@ -49,7 +49,7 @@ def check_finite(batch: TensorDictBase, *, of: TensorDictBase | None = None) -> 
     ppo_kit.engine.optimizer.NotFinite: rewards is nan at row 0, token 0 (1 of 1 values are not finite)
     """
     watched = list(_watched(batch))
-    # One question to the device, not one a key.
+    # One transfer from the device for all keys, not one per key.
     here = torch.stack([bad.any() for _, bad, _ in watched]).any() if watched else False
     where = int(ranks.reduce(torch.as_tensor(here).long()))
     if where:
@@ -57,7 +57,7 @@ def check_finite(batch: TensorDictBase, *, of: TensorDictBase | None = None) -> 
         if bool(here):
             key, bad, valid = next(each for each in watched if each[1].any())
             text = _describe(key, batch[key], bad, valid)
-            # A batch that was gathered is the same on all ranks; a piece is one's own.
+            # A gathered batch is the same on all ranks; a micro-batch is this rank's own.
             text = text if where == ranks.world_size() else f"rank {ranks.rank()}: {text}"
         own = of if of is not None else batch
         raise NotFinite(ranks.first_of(text) or "", own if text else None)
@@ -93,7 +93,7 @@ class Faults:
             for optimizer in optimizers:
                 optimizer.clear()
             self.count += 1
-            place = "no batch was at hand"
+            place = "there was no batch"
             writer = ranks.first_of(ranks.rank() if error.batch is not None else None)
             if writer is not None:
                 file = self.folder / f"step-{step:06d}.safetensors"
@@ -147,7 +147,7 @@ def read_fault(file: Path) -> tuple[TensorDict, dict[str, Any]]:
             kinds = f"settings are a {type(settings).__name__}, response_mask is {mask.dtype} {[*mask.shape]}"
             raise ValueError(kinds)
         batch = TensorDict(tensors, [mask.shape[0]])
-    except Exception as problem:  # there is no end to what a damaged file makes a parser raise
+    except Exception as problem:  # a damaged file can make a parser raise any exception
         what = f"{type(problem).__name__}: {problem}".split("\n")[0]
         raise ValueError(f"{file}: not a batch that a run wrote ({what[:200]})") from None
     return batch, {"step": step, "error": error, "settings": settings}

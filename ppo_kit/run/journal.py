@@ -23,7 +23,7 @@ class Journal:
         self._not_finite: set[str] = set()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """One row of metrics, everywhere; a logger that fails is left out from then on, and this is said."""
+        """One row of metrics, everywhere; a logger that fails is left out from then on, with a note."""
         self._files["metrics"].append({"step": step, **values})
         self.progress.update(step, values)
         for name, value in values.items():
@@ -41,7 +41,7 @@ class Journal:
     def _try(self, name: str, call: Callable[[str], None]) -> None:
         try:
             call(name)
-        except Exception as error:  # no network, no account, a full disk: no reason to end a run
+        except Exception as error:  # no network, no account, a full disk: none of them should end a run
             self._names.remove(name)
             self.progress.note(f"--log {name}: {type(error).__name__}: {error}; the run goes on without it")
 

@@ -1,4 +1,4 @@
-"""A run's folder has one owner: the process that holds its lock, which ends with the process."""
+"""Lock a run's folder for one process; the lock ends with the process."""
 
 from __future__ import annotations
 

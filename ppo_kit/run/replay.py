@@ -24,17 +24,17 @@ def replay(file: Path, console: Console) -> None:
         ValueError, OSError: as ``read_fault``.
     """
     batch, about = read_fault(file)
-    _say(console, f"step {about['step']}: {about['error']}")
-    _say(console, f"{len(batch)} responses, {int(batch['response_mask'].sum())} tokens")
+    _print(console, f"step {about['step']}: {about['error']}")
+    _print(console, f"{len(batch)} responses, {int(batch['response_mask'].sum())} tokens")
     table = Table("key", "not finite", "holds", box=None, padding=(0, 2, 0, 0))
     for key, count, holds in survey(batch):
         table.add_row(Text(_one_line(key)), str(count), Text(_one_line(holds)))
     console.print(table)
     for name, make in _LOSSES.items():
         try:
-            _say(console, f"{name}: {_value(make(about['settings']), batch)}")
+            _print(console, f"{name}: {_value(make(about['settings']), batch)}")
         except Exception as error:  # settings and tensors of the file may be anything
-            _say(console, f"{name}: cannot be computed from this file ({type(error).__name__}: {error})")
+            _print(console, f"{name}: cannot be computed from this file ({type(error).__name__}: {error})")
 
 
 def _policy_loss(settings: dict[str, Any]) -> BatchLoss:
@@ -62,7 +62,7 @@ def _value(loss: BatchLoss, batch: TensorDictBase) -> str:
                      in enumerate(out.items()))  # fmt: skip
 
 
-def _say(console: Console, text: str) -> None:
+def _print(console: Console, text: str) -> None:
     console.print(_one_line(text), markup=False)
 
 

@@ -98,7 +98,7 @@ class Run:
         self._journal = Journal(self.folder, self._progress, settings, loggers=loggers)
         allowed = getattr(settings, "skip_faults", 0)
         self._faults = Faults(self.folder / "faults", allowed=allowed, settings=settings, note=note)
-        self._signals = StopOnSignal(self._say_stopping)
+        self._signals = StopOnSignal(self._announce_stop)
         self._signals.install()
         self._restored: dict[str, Any] | None = None
         self._last = self._logged = 0
@@ -159,7 +159,7 @@ class Run:
         """End the run after the current step, as its last one: it is saved. All ranks call it, or none."""
         self._stopped = True
 
-    def _say_stopping(self, at_once: bool) -> None:
+    def _announce_stop(self, at_once: bool) -> None:
         assert self._signals.signum is not None
         name = signal.Signals(self._signals.signum).name
         end = f"stopped at once; {how_to_go_on(self.folder)}"
@@ -180,7 +180,7 @@ class Run:
             self._due = None
             yield step
             self._last = step
-            # A signal after checkpoint_due said no waits a step, so that the last step is always saved.
+            # A signal after checkpoint_due returned False waits a step, so that the last step is saved.
             if self._stopped or (self._due is not False and self._poll_signal()):
                 break
         self._progress.stop()

@@ -1,4 +1,4 @@
-"""The cache of a decoding loop: keys and values that grow in blocks, and rows that come and go."""
+"""The cache of a decoding loop: keys and values that grow in blocks, and rows that leave."""
 
 from __future__ import annotations
 

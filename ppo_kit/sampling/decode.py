@@ -40,9 +40,10 @@ def rollout(
     on the row's seed and t, so responses do not depend on the batch, the rank or torch's global generator, up
     to the rounding of the logits: a matrix product of another number of rows may round otherwise.
 
-    Equal prompts are read once, and rows that ended leave the batch, so that it costs its tokens; where the
-    cache is another than transformers' ``DynamicCache`` of known layers, rows stay and are masked. A small
-    float32 Llama on a CPU is read in fused operations (``SmallLlama``), equal up to rounding.
+    Equal prompts are read once, and rows that ended leave the batch, so that a batch costs what its own
+    tokens cost; where the cache is another than transformers' ``DynamicCache`` of known layers, rows stay and
+    are masked. A small float32 Llama on a CPU is read in fused operations (``SmallLlama``), equal up to
+    rounding.
 
     Args:
         policy: its model, temperature and valid ids are used.
@@ -50,7 +51,7 @@ def rollout(
         sampling: length, filters and stop strings.
         end_ids: the tokens of which any ends a response; it belongs to the response and its mask. With none,
             responses end by a stop string or their length.
-        seeds: one seed a row, or one for the batch (row b then uses a hash of seed and b).
+        seeds: one seed per row, or one for the batch (row b then uses a hash of seed and b).
         tokenizer: reads the text in which ``sampling.stop`` is looked for; not needed without.
 
     Returns:
@@ -114,7 +115,7 @@ def _uniforms(seeds: list[int] | int, size: int, length: int) -> Tensor:
     if isinstance(seeds, int):
         seeds = [row_seed(seeds, row) for row in range(size)]
     if len(seeds) != size:
-        raise ValueError(f"seeds: got {len(seeds)} for {size} prompts, needs one a prompt")
+        raise ValueError(f"seeds: got {len(seeds)} for {size} prompts, needs one per prompt")
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return torch.stack([torch.rand(length, dtype=torch.float64, generator=g) for g in generators])
 
@@ -129,7 +130,7 @@ def _checked_ends(policy: Policy, end_ids: Iterable[int]) -> list[int]:
 
 def _stopped(tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...], responses: Responses) -> Tensor:
     """[R] bool: where the last token completed a stop string; False where the response had ended."""
-    # A character takes 4 tokens at most (one a byte): older ones are in no string that ends now.
+    # A character takes 4 tokens at most (one per byte): older ones are in no string that ends now.
     recent = responses.recent(4 * max(map(len, stop)) + 4)
     rows = responses.going().tolist()
     texts = tokenizer.batch_decode(recent[rows].tolist(), clean_up_tokenization_spaces=False)

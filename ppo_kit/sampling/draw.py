@@ -85,7 +85,7 @@ def invert(logits: Tensor, p: Tensor, entropy: Tensor, uniform: Tensor) -> Tenso
     margin = 2 * ROUNDING * (4 * (entropy.double() + 2) + 2 * GROUP)
     low, high = (bounds.gather(1, each).squeeze(1) for each in (at, at + 1))
     target = target.squeeze(1)
-    # Nothing lies below token 0. Written so that NaN is a doubt.
+    # Token 0 has no lower boundary. Written so that NaN counts as a doubt.
     sure = ((target - low > margin) | (token == 0)) & (high - target > margin)
     if not sure.all():
         rows = (~sure).nonzero().squeeze(1)

@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import (
 from ppo_kit.models.policy import Policy
 
 LARGEST = 2**23
-"""Weights are copied into one matrix an operation. With more than these, products take the time anyway."""
+"""Weights are copied into one matrix per operation. In larger models matrix products take the time."""
 KNOWN = {LlamaForCausalLM, LlamaModel, LlamaDecoderLayer, LlamaAttention, LlamaMLP, LlamaRMSNorm,
          LlamaRotaryEmbedding, nn.Embedding, nn.Linear, nn.ModuleList, type(nn.SiLU())}  # fmt: skip
 

@@ -63,7 +63,7 @@ class Reader:
             self._read(token[:, None], mask, self.position, self.cache)
             if llama is not None:
                 found = self.policy.scaled(llama.read(token, self.position))
-                # The model has the last word, whatever a version of transformers changed.
+                # In another version of transformers the model may compute something else: then use the model.
                 if torch.allclose(found, self.logits, rtol=1e-4, atol=1e-4 / self.policy.temperature):
                     self.fast, self.cache = llama, None
         self.position = self.position + 1

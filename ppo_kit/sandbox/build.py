@@ -107,7 +107,7 @@ def _train_policy(folder: Path, seed: int, size: PolicySize) -> None:
             value = loss(policy(batch))["loss_ptx"]
             value.backward()
             optimizer.step()
-            _say("SFT policy", step + 1, size.steps, value.item())
+            _log_progress("SFT policy", step + 1, size.steps, value.item())
     save_model(policy.model, tokenizer, folder)
 
 
@@ -134,7 +134,7 @@ def _train_reward_model(folder: Path, policy: Path, seed: int, size: RewardSize)
             value = loss(reward(batch))["loss_pairwise"]
             value.backward()
             optimizer.step()
-            _say("reward model", step, size.steps, value.item())
+            _log_progress("reward model", step, size.steps, value.item())
     save_model(reward.model, tokenizer, folder)
 
 
@@ -151,6 +151,6 @@ def _repeatable(seed: int) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _say(what: str, step: int, steps: int, loss: float) -> None:
+def _log_progress(what: str, step: int, steps: int, loss: float) -> None:
     if step % max(1, steps // 5) == 0:
         print(f"sandbox: {what}, step {step} of {steps}, loss {loss:.3f}", flush=True)

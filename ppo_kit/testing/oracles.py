@@ -1,4 +1,4 @@
-"""Checks of a component against something else that knows: a plain loop, finite differences, a reloaded self.
+"""Checks of a component against a plain loop, finite differences, or a reloaded copy of itself.
 
 For *component* and ``on`` see ``ppo_kit.testing.invariance``.
 """

@@ -1,4 +1,4 @@
-"""What the loop of a recipe is written with: settings, session, update, evaluation."""
+"""The parts of a recipe's loop: settings, session, update, evaluation."""
 
 from typing import TYPE_CHECKING
 

@@ -165,7 +165,7 @@ def log_memory(
         estimate = estimate_memory(
             policy, sources, work=settings.workload, sharding=settings.sharding, **wanted
         )
-    except Exception as error:  # an aid: what is wrong with a model is said where it is loaded
+    except Exception as error:  # the estimate is optional: a broken model is reported where it is loaded
         logger.warning("memory: not estimated: %s", str(error).split("\n")[0])
         return
     print(f"memory: {estimate}")

@@ -1,4 +1,4 @@
-"""Responses to the prompts of a run: this rank samples its rows, and all ranks bring theirs together."""
+"""Responses to the prompts of a run: each rank samples its own rows, which are then gathered."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from ppo_kit.engine import Engine
 class InMicroBatches(TensorDictModuleBase):
     """``module`` over a batch in micro-batches (``Engine.read``): what it computes, in less time and memory.
 
-    For a model, whose rows do not know of each other. A reward function gets the whole batch.
+    For models, which compute each row on its own. A reward function gets the whole batch.
 
     Args:
         size: most rows of a forward pass.

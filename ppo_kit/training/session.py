@@ -1,4 +1,4 @@
-"""The session of an RL recipe: models, prompts, rewards and sampling behind the verbs of a loop."""
+"""The session of an RL recipe: models, prompts, rewards and sampling behind the methods that a loop calls."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from ppo_kit.training.update import TextLoss, Update
 
 
 class Session(Loop):
-    """Everything that a loop of PPO, or of one of its relatives, is written with.
+    """Everything that a loop of PPO, or of a similar algorithm, needs.
 
     ::
 
@@ -213,7 +213,7 @@ class Session(Loop):
             dialogues = without_prompts(dialogues, self.held_out)
         return None if dialogues is None else TextLoss(loss, dialogues, batch_size, cfg.seed)
 
-    # The verbs of the loop.
+    # What the loop calls.
 
     def pretraining(self, steps: int) -> Iterator[int]:
         """Steps before the first step, to train the critic alone (detail 8). A resumed run has none left.
@@ -305,7 +305,7 @@ class Session(Loop):
         return [self.prompts[row] for row in rows]
 
     def _watch_collapse(self, step: int, row: Mapping[str, float]) -> None:
-        """Say once that the policy has begun to collapse; end the run where the settings say so."""
+        """Print once that the policy has begun to collapse; end the run where the settings say so."""
         alarm = self._collapse.update(step, row)
         if alarm is None or self.settings.on_collapse == "off":
             return

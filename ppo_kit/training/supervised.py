@@ -1,4 +1,4 @@
-"""The session of supervised fine-tuning and reward modelling: training on data that is there."""
+"""The session of supervised fine-tuning and reward modelling: training on given data."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from ppo_kit.training.settings import SupervisedSettings
 
 
 class Supervised(Loop):
-    """Everything that a loop over given data is written with.
+    """Everything that a loop over given data needs.
 
     ::
 
@@ -162,7 +162,7 @@ class Supervised(Loop):
         )
         return self._trained[name]
 
-    # The verb of the loop, and what happens around it.
+    # What the loop calls, and what happens around it.
 
     def log(self, step: int, batch: TensorDictBase, metrics: Mapping[str, float]) -> None:
         """Log the metrics of an update; of a batch of pairs, how many there are as well."""

@@ -43,7 +43,7 @@ LOADERS = (load_prompts, load_pairs, load_dialogues)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _tell_how_many() -> Iterator[None]:
+def _print_counts() -> Iterator[None]:
     yield
     print("inputs tried:", dict(TRIED), "in all", TRIED.total())
 

@@ -38,7 +38,7 @@ from .test_loaders import JSON, TRIED, Refusal, attempt, damaged, fuzz
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _tell_how_many() -> Iterator[None]:
+def _print_counts() -> Iterator[None]:
     before = Counter(TRIED)
     yield
     tried = TRIED - before

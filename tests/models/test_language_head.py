@@ -129,7 +129,7 @@ def test_what_has_no_such_head_is_refused(tiny_model, make_batch, both, tmp_path
     classifier.config.final_logit_softcapping = 30.0
     with pytest.raises(ValueError, match="final_logit_softcapping"):
         language_head(str(tmp_path / "classifier"), classifier)
-    with pytest.raises(ValueError, match="got 3 rows, needs two a pair"):
+    with pytest.raises(ValueError, match="got 3 rows, needs two per pair"):
         both("llama")[1](make_batch(PROMPTS[:3], RESPONSES[:3]))
 
 
