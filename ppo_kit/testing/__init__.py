@@ -1,4 +1,4 @@
-"""Prove a component of your own: strategies that make batches, and checks that fail with the smallest one.
+"""Test a component of your own: strategies that make batches, and checks that fail with the smallest one.
 
 >>> from ppo_kit.modules import GAE
 >>> check_padding_invariance(GAE(gamma=0.9))
