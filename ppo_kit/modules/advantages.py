@@ -39,8 +39,9 @@ Lambda = Callable[[Tensor], Tensor]
 class GAE(BatchModule):
     """A_t = Σ_l (γλ)^l δ_{t+l}, δ_t = r_t + γ V_{t+1} − V_t; returns R_t = A_t + V_t (the report's Eq. 9).
 
-    Keys: rewards, old_values, action_mask, all [B,T] -> advantages, returns [B,T], 0 where masked. λ = 1 is
-    Monte Carlo minus V, λ = 0 the TD error.
+    Keys: rewards, old_values, action_mask, all [B,T] -> advantages, returns [B,T], 0 where masked.
+
+    Why and when: :func:`~ppo_kit.functional.gae`.
 
     Args:
         gamma: discount γ in [0, 1].
@@ -95,6 +96,8 @@ class MonteCarlo(BatchModule):
     b is 0, or with ``baseline`` the mean over the batch's responses of their whole return R_0. ``Whiten``
     after it makes REINFORCE++ (Hu 2025). Keys: rewards, action_mask, both [B,T] -> advantages [B,T], 0
     where masked; no critic.
+
+    Why and when: :func:`~ppo_kit.functional.discounted_returns`.
 
     >>> from tensordict import TensorDict
     >>> batch = TensorDict({"rewards": torch.tensor([[1.0, 2.0], [5.0, 0.0]]),
@@ -155,6 +158,8 @@ class RLOO(ResponseAdvantage):
 
     Keys: rewards [B,T], group_id [B], action_mask [B,T] -> advantages [B,T]; see ``ResponseAdvantage``.
 
+    Why and when: :func:`~ppo_kit.functional.leave_one_out`.
+
     >>> from tensordict import TensorDict
     >>> batch = TensorDict({"rewards": torch.tensor([[1.0], [2.0], [6.0]]),
     ...                     "group_id": torch.zeros(3, dtype=torch.long),
@@ -172,6 +177,8 @@ class GRPO(ResponseAdvantage):
 
     ``GRPO(scale=False)`` then ``Whiten`` is REINFORCE++'s form with a baseline. Keys: rewards [B,T],
     group_id [B], action_mask [B,T] -> advantages [B,T]; see ``ResponseAdvantage``.
+
+    Why and when: :func:`~ppo_kit.functional.group_normalize`.
 
     Args:
         scale: divide by σ; False for Dr. GRPO (Liu et al. 2025), which also aggregates by ``ConstantMean``.
@@ -198,6 +205,8 @@ class OPO(ResponseAdvantage):
 
     Keys: rewards [B,T], group_id [B], action_mask [B,T] -> advantages [B,T]; see ``ResponseAdvantage``.
 
+    Why and when: :func:`~ppo_kit.functional.optimal_baseline_advantages`.
+
     >>> from tensordict import TensorDict
     >>> batch = TensorDict({"rewards": torch.tensor([[3.0, 0.0], [0.0, 0.0]]),
     ...                     "group_id": torch.zeros(2, dtype=torch.long),
@@ -215,6 +224,8 @@ class ReMax(BatchModule):
 
     Keys: rewards [B,T], greedy_score [B], action_mask [B,T] -> advantages [B,T]; greedy_score is yours to
     write, from one greedy answer per prompt, in the units of the rewards.
+
+    Why and when: :func:`~ppo_kit.functional.greedy_baseline_advantages`.
 
     >>> from tensordict import TensorDict
     >>> batch = TensorDict({"rewards": torch.tensor([[0.0, 1.0]]), "greedy_score": torch.tensor([3.0]),

@@ -131,6 +131,8 @@ class KLPenalty(BatchModule):
     action_mask, all [B,T] -> kl [B,T] in nats, rewards [B,T]; both 0 where masked. Do not add a ``KLLoss``
     to the same run: the KL would count twice.
 
+    Why and when: :func:`~ppo_kit.functional.kl_estimate`.
+
     Args:
         controller: a number (``FixedKL``) or a controller module; its ``coef`` is β.
         kind: k1, k2 or k3. cap: see ``functional.kl_estimate``; None for no cap.
@@ -211,6 +213,8 @@ class KLLoss(BatchLoss):
     - ``k1`` is refused: its gradient, ∇log π, does not depend on the reference and is zero in expectation.
 
     Keys: log_probs, ref_log_probs, loss_mask, all [B,T] -> loss_kl.
+
+    Why and when: :func:`~ppo_kit.functional.kl_estimate`.
 
     Args:
         weight: 0 or more. kind: see above.

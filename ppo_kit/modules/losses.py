@@ -49,6 +49,8 @@ class ClippedSurrogate(BatchLoss):
     Keys: log_probs, old_log_probs, advantages, loss_mask, all [B,T] -> loss_policy, and averaged over
     tokens: ratio, clip_fraction (where the clip stops the gradient), approx_kl (k3 of KL(π_old, π), nats).
 
+    Why and when: :func:`~ppo_kit.functional.clipped_surrogate`.
+
     Args:
         clip: ε, for both sides. clip_high: another ε for the upper side (DAPO's clip-higher).
         dual_clip: for A < 0 the loss is held at dual_clip · |A| (Ye et al. 2020), above 1.
@@ -99,6 +101,8 @@ class SquaredValueLoss(BatchLoss):
 
     Keys: values, returns, loss_mask, all [B,T] -> loss_value.
 
+    Why and when: :func:`~ppo_kit.functional.squared_value_loss`.
+
     >>> from tensordict import TensorDict
     >>> batch = TensorDict({"values": torch.zeros(1, 1), "returns": torch.full((1, 1), 2.0),
     ...                     "response_mask": torch.ones(1, 1, dtype=torch.bool)}, [1])
@@ -117,6 +121,8 @@ class ClippedValueLoss(BatchLoss):
 
     Keys: values, old_values, returns, loss_mask, all [B,T] -> loss_value, and averaged over tokens:
     value_clip_fraction, where the clipped error is the larger one and V has no gradient.
+
+    Why and when: :func:`~ppo_kit.functional.clipped_value_loss`.
 
     >>> from tensordict import TensorDict
     >>> batch = TensorDict({"values": torch.ones(1, 1), "old_values": torch.zeros(1, 1),
@@ -145,9 +151,11 @@ class ClippedValueLoss(BatchLoss):
 
 
 class HuberValueLoss(BatchLoss):
-    """L = ½ e² for |e| ≤ δ, δ (|e| − ½ δ) beyond, e = V_t − R_t (Huber 1964): bounded pull of outliers.
+    """L = ½ e² for |e| ≤ δ, δ (|e| − ½ δ) beyond, e = V_t − R_t (Huber 1964).
 
     Keys: values, returns, loss_mask, all [B,T] -> loss_value.
+
+    Why and when: :func:`~ppo_kit.functional.huber_value_loss`.
 
     >>> from tensordict import TensorDict
     >>> batch = TensorDict({"values": torch.zeros(1, 1), "returns": torch.full((1, 1), 3.0),
@@ -169,10 +177,10 @@ class HuberValueLoss(BatchLoss):
 class EntropyBonus(BatchLoss):
     """L = −weight · mean H_t; with a target δ, L = weight · mean |H_t − δ| (report, detail 3, Figure 16).
 
-    Below δ both push the entropy up; above it the target pulls it back down. MOSS-RLHF's default of δ = 35
-    is above the log of any vocabulary (ln 32,000 = 10.4), so there it never does.
 
     Keys: entropy, loss_mask, both [B,T] -> loss_entropy.
+
+    Why and when: :func:`~ppo_kit.functional.entropy_loss`.
 
     Args:
         weight: 0.01 in the report. target: δ in nats.
@@ -205,6 +213,9 @@ class LanguageModelLoss(BatchLoss):
 
     Give it a batch of pretraining or SFT text in the same schema; log_probs are the current policy's.
     Keys: log_probs, loss_mask, both [B,T] -> loss_ptx.
+
+    It keeps the policy good at plain text while PPO changes it. Use it where answers get worse in ways that
+    the reward does not measure.
 
     >>> from tensordict import TensorDict
     >>> batch = TensorDict({"log_probs": torch.full((1, 2), -1.5),

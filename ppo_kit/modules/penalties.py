@@ -86,6 +86,8 @@ class LengthPenalty(BatchModule):
 
     Keys: shaped_score [B], response_mask [B,T] -> shaped_score [B].
 
+    Why and when: :func:`~ppo_kit.functional.length_penalty`.
+
     Args:
         per_token: units of score per token, 0 or more. free: tokens that cost nothing.
 
@@ -111,6 +113,8 @@ class OverlongPenalty(BatchModule):
     """r' = r + ramp: 0 to max_length − buffer tokens, then a line to −weight at max_length (DAPO, Eq. 13).
 
     Keys: shaped_score [B], response_mask [B,T] -> shaped_score [B].
+
+    Why and when: :func:`~ppo_kit.functional.overlong_penalty`.
 
     Args:
         max_length, buffer: tokens, 1 <= buffer <= max_length. weight: units of score at the end of the ramp.
@@ -138,6 +142,8 @@ class MissingEndPenalty(BatchModule):
     """r' = r − penalty where the response was cut by length: the choice ``penalize`` for truncated responses.
 
     Keys: shaped_score, truncated, both [B] -> shaped_score [B].
+
+    Why and when: :func:`~ppo_kit.functional.missing_end_penalty`.
 
     >>> from tensordict import TensorDict
     >>> batch = TensorDict({"shaped_score": torch.ones(2), "truncated": torch.tensor([True, False])}, [2])

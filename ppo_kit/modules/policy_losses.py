@@ -38,6 +38,8 @@ class PolicyGradient(BatchLoss):
 
     Keys: log_probs, advantages, loss_mask, all [B,T] -> loss_policy.
 
+    Why and when: :func:`~ppo_kit.functional.policy_gradient`.
+
     >>> from tensordict import TensorDict
     >>> one = torch.ones(1, 1)
     >>> batch = TensorDict({"log_probs": -2 * one, "advantages": one, "response_mask": one.bool()}, [1])
@@ -68,6 +70,8 @@ class ImportanceSampling(RatioLoss):
     The report's detail 2 with its "infinite buffer" keeps the reference model as the behaviour policy:
     ``ImportanceSampling(in_keys=["log_probs", "ref_log_probs", "advantages", "response_mask"])``.
 
+    Why and when: :func:`~ppo_kit.functional.importance_sampling`.
+
     >>> from tensordict import TensorDict
     >>> one = torch.ones(1, 1)
     >>> batch = TensorDict({"log_probs": one.log(), "old_log_probs": (one / 2).log(), "advantages": one,
@@ -84,6 +88,8 @@ class PPOPenalty(RatioLoss):
     """L = −ρ_t A_t + β KL_t(π_old, π) (the report's Eq. 14), KL by k3 over tokens of π_old.
 
     k3 with its gradient ρ − 1 is, in expectation under π_old, KL(π_old, π) with its gradient.
+
+    Why and when: :func:`~ppo_kit.functional.kl_penalized_surrogate`.
 
     Args:
         beta: β, 0 or more.
@@ -111,6 +117,8 @@ class KLCov(RatioLoss):
 
     Which tokens those are is decided within the batch it is given, so this loss alone depends on how a
     minibatch is split; give it whole minibatches.
+
+    Why and when: :func:`~ppo_kit.functional.kl_cov`.
 
     Args:
         fraction: share of the valid tokens, in (0, 1]. beta: 0 or more.
@@ -144,9 +152,10 @@ class ClippedRatioLoss(BatchLoss):
 class CISPO(ClippedRatioLoss):
     """L = −sg[clip(ρ_t, 1 − clip_low, 1 + clip_high)] A_t log π(t) (MiniMax-M1 2025, Eq. 4).
 
-    The clip bounds the weight of a token and takes no token's gradient away.
 
     clip_fraction counts tokens whose weight was clipped, for either sign of A.
+
+    Why and when: :func:`~ppo_kit.functional.cispo`.
 
     >>> from tensordict import TensorDict
     >>> one = torch.ones(1, 1)
@@ -173,6 +182,8 @@ class GSPO(ClippedRatioLoss):
 
     Zheng et al. 2025, Eq. 5; with an advantage per token its Eq. 13. ratio is s, clip_fraction counts tokens
     of responses where the clip binds. Averages over sequences unless ``aggregate`` says otherwise.
+
+    Why and when: :func:`~ppo_kit.functional.sequence_clipped_surrogate`.
 
     >>> from tensordict import TensorDict
     >>> one = torch.ones(1, 2)
@@ -205,6 +216,8 @@ class GMPO(BatchLoss):
 
     The geometric mean of the ratios, clipped per token (Zhao et al. 2025). Averages over sequences unless
     ``aggregate`` says otherwise.
+
+    Why and when: :func:`~ppo_kit.functional.gmpo`.
 
     Args:
         log_clip_low, log_clip_high: nats, 0 or more.
@@ -239,6 +252,8 @@ class TruncatedImportance(BatchModule):
     Yao et al. 2025. Every policy loss here is linear in A for positive factors, so weighing the advantages
     weighs the loss (but not a KL term added to it). Keys: advantages, old_log_probs, sampler_log_probs,
     action_mask, all [B,T] -> advantages, importance_weight [B,T], 0 where masked.
+
+    Why and when: :func:`~ppo_kit.functional.truncated_importance_weights`.
 
     Args:
         cap: the largest weight, above 0.

@@ -28,6 +28,8 @@ class PairwiseLoss(BatchModule):
     Keys: score [2N], and with an LM term log_probs, loss_mask [2N,T] -> loss_pairwise, and accuracy, the
     share of pairs ranked right (a tie is half right), in a TensorDict with ``batch_size=[]``.
 
+    Why and when: :func:`~ppo_kit.functional.reward_model_loss`.
+
     Args:
         lm_weight: β_rm of Eq. 2 (1 in the report), of the language-model head's log-probabilities of the
             preferred answer's tokens; 0 needs none. margin: units of score.

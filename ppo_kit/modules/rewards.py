@@ -165,6 +165,8 @@ class PlaceScore(BatchModule):
     Keys: shaped_score [B], action_mask [B,T] -> rewards [B,T]. Where nothing shaped the score (vanilla PPO),
     ``score`` is placed as it is.
 
+    Why and when: :func:`~ppo_kit.functional.place_score`.
+
     >>> from tensordict import TensorDict
     >>> mask = torch.tensor([[True, True, False]])
     >>> batch = TensorDict({"score": torch.tensor([2.0]), "response_mask": mask}, [1])

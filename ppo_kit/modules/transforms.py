@@ -22,7 +22,9 @@ class Whiten(BatchModule):
     """x ← (x − mean) / σ over the batch's valid tokens: per rollout or per minibatch, by where it is put.
 
     Put it before a minibatch is split into micro-batches. Keys: ``key`` [B,T], action_mask -> ``key``,
-    0 where masked. σ² is the unbiased variance + eps, in float64: equal values give exactly 0.
+    0 where masked.
+
+    Why and when: :func:`~ppo_kit.functional.whiten`.
 
     Args:
         key: which key; ``in_keys`` and ``out_keys`` rename further.
