@@ -111,7 +111,7 @@ def test_the_config_of_a_run_gives_its_settings_again(toy, told, capsys, tmp_pat
     assert told("--resume", "--out", tmp_path, "--beta", 4)[1]["beta"] == 4
 
 
-def test_a_preset_lies_with_its_recipe(toy, told, tmp_path, monkeypatch):
+def test_a_preset_is_found_beside_its_recipe(toy, told, tmp_path, monkeypatch):
     monkeypatch.setitem(vars(toy), "__file__", str(tmp_path / "toy.py"))
     assert "has none" in told("--preset", "report")[2]
     (tmp_path / "presets").mkdir()
@@ -147,11 +147,11 @@ def test_a_wrong_flag_is_named_with_the_likeliest_one(told, flags, named):
     ("key", "error: spo: no such algorithm\n"),
     ("module", "error: --engine deepspeed: install ppo-kit[deepspeed]\n"),
 ])  # fmt: skip
-def test_a_mistake_is_told_in_one_line(told, mistake, named):
+def test_a_mistake_is_reported_in_one_line(told, mistake, named):
     assert told("--mistake", mistake) == (2, None, named)
 
 
-def test_a_missing_file_is_told_in_one_line(told):
+def test_a_missing_file_is_reported_in_one_line(told):
     status, _, err = told("--mistake", "file")
     assert (status, err.count("\n")) == (2, 1)
     assert str(Path("no/such/file")) in err

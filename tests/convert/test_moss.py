@@ -148,7 +148,7 @@ def test_a_published_sum_is_verified_and_a_mismatch_leaves_nothing(release, tmp_
     assert "is there already" in capsys.readouterr().err
 
 
-def test_what_is_not_verified_is_said(release, tmp_path):
+def test_an_unverified_result_is_reported(release, tmp_path):
     base, diff, _ = release("policy")
     said = recover(base, diff, tmp_path / "a", kind="policy", release="en").statements
     assert "not verified: none is published for en policy" in said[0]

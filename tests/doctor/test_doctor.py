@@ -166,7 +166,7 @@ def test_functions_that_teach_nothing(sound, folder, function, level, says):
     assert (found.level, says in found.found) == (level, True)
 
 
-def test_a_reward_that_is_not_there_is_said(sound):
+def test_a_missing_reward_is_reported(sound):
     subject = Subject(dataclasses.replace(sound.settings, reward=("nowhere.py:f",)))
     failed = [each for each in examine(subject) if each.level == "fail"]
     assert len([each for each in failed if "nowhere.py" in each.found]) == 1

@@ -290,7 +290,7 @@ def test_bad_input_is_named(change: dict, message: str) -> None:
             discounted_returns(**{**given, **change})
 
 
-def test_discounted_returns_want_rows_of_tokens() -> None:
+def test_discounted_returns_need_rows_of_tokens() -> None:
     with pytest.raises(ValueError, match=r"^rewards: got shape \[3\], needs \[B,T\]"):
         discounted_returns(torch.ones(3), torch.ones(3, dtype=torch.bool))
 

@@ -24,7 +24,7 @@ def _glibc(monkeypatch):
     monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.36"))
 
 
-def test_a_run_that_fits_by_less_than_the_allocator_keeps_is_told_the_variable():
+def test_the_allocators_variable_is_named_where_the_run_only_just_fits():
     advice = allocator_advice(TIGHT)
     assert advice is not None
     assert "MALLOC_MMAP_THRESHOLD_=1048576" in advice
@@ -56,7 +56,7 @@ def test_another_c_library_is_left_alone(monkeypatch):
     assert allocator_advice(TIGHT) is None
 
 
-def test_a_run_says_it_once_beside_its_estimate(monkeypatch, caplog, capsys):
+def test_a_run_prints_the_variable_once_beside_its_estimate(monkeypatch, caplog, capsys):
     monkeypatch.setattr(run_models, "estimate_memory", lambda *arguments, **settings: TIGHT)
     with caplog.at_level(logging.WARNING):
         run_models.log_memory(RLSettings(), "some/model", {})

@@ -122,7 +122,7 @@ def test_a_response_keeps_its_end_whatever_the_pad_token(tmp_path, tiny_model, p
     assert (ends[ended] == 1).all()
 
 
-def test_what_a_tokenizer_cannot_do_without_is_said(tmp_path):
+def test_a_tokenizer_without_a_needed_part_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="has no end-of-sequence token, which ends a response"):
         words(tmp_path / "a", pad_token="<pad>")
     bare = words(tmp_path / "b", template=None, eos_token="</s>")

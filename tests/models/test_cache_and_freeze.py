@@ -142,7 +142,7 @@ def test_only_the_top_layers_and_the_score_head_train(family, tiny_model):
     assert freeze_below(whole, -1) == sum(p.numel() for p in whole.parameters())
 
 
-def test_a_new_head_says_zero_and_a_saved_one_is_kept(tiny_model, tmp_path):
+def test_a_new_head_gives_zero_and_a_saved_one_is_kept(tiny_model, tmp_path):
     save_model(tiny_model("llama"), sandbox_tokenizer(), tmp_path / "causal")
     scalar = load_scalar_model(str(tmp_path / "causal"), head="new")
     assert (scalar.score.weight == 0).all()

@@ -151,7 +151,7 @@ def test_the_seed_decides_the_start(tiny_model):
     assert not torch.equal(starts[0], starts[2])
 
 
-def test_what_is_wrong_is_said(tiny_model, monkeypatch):
+def test_a_rank_below_1_and_a_missing_peft_are_named(tiny_model, monkeypatch):
     with pytest.raises(ValueError, match="rank: got 0"):
         LoRA(tiny_model("llama"), rank=0)
     monkeypatch.setitem(sys.modules, "peft", None)

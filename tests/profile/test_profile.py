@@ -71,12 +71,12 @@ def test_a_profile_that_ends_early_says_so(flags, capsys, monkeypatch):
         (["vanilla_ppo", "--measure", "0"], "--measure: got 0, needs 1 or more"),
     ],
 )
-def test_mistakes_are_told_in_a_line(arguments, text, capsys):
+def test_mistakes_are_reported_in_one_line(arguments, text, capsys):
     assert main(arguments) == 2
     assert text in capsys.readouterr().err
 
 
-def test_observers_hear_of_steps_and_parts_only_within_the_context():
+def test_observers_are_called_only_within_the_context():
     heard = []
     observer = SimpleNamespace(
         begin=lambda: heard.append("begin"),

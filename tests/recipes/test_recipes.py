@@ -242,7 +242,7 @@ def test_filters_are_flagged(run, tmp_path, caplog):
     assert "sampling and scoring differ: top_p 0.9" in caplog.text
 
 
-def test_what_is_missing_is_said(run, tmp_path):
+def test_missing_inputs_are_reported(run, tmp_path):
     with pytest.raises(ValueError, match=r"--reward: a policy of your own needs a reward"):
         run("ppo_max", tmp_path / "a", reward=("sandbox",))
     with pytest.raises(ValueError, match=r"--prompts: policy .* needs a file of prompts"):

@@ -58,7 +58,7 @@ def test_no_markup_of_a_model_gets_in_and_no_other_script_runs(folder):
     assert "<title>Tokens of run &lt;b&gt; @DATA@</title>" in page
 
 
-def test_what_is_missing_is_said(tmp_path, folder):
+def test_missing_inputs_are_reported(tmp_path, folder):
     with pytest.raises(FileNotFoundError, match=r"samples\.jsonl: no such file"):
         write_inspector(tmp_path)
     (folder / "samples.jsonl").write_text('{"step": 1, "scores": [], "samples": [{"prompt": "a"}]}\n')

@@ -56,7 +56,7 @@ def test_the_card_has_sources_changed_settings_numbers_and_limits():
     assert "`resume`" not in card
 
 
-def test_nothing_changed_and_nothing_held_out_is_said():
+def test_a_card_states_that_nothing_changed_or_was_held_out():
     card = model_card("policy", {**CONFIG, "changed": {}}, {**SUMMARY, "before": {}, "after": {}}, {})
     assert "\nNone.\n" in card
     assert "\nNothing was held out.\n" in card

@@ -48,7 +48,7 @@ READ = {
 
 
 @pytest.mark.parametrize("what", READ)
-def test_what_can_be_read_is_told_in_lines(tmp_path, capsys, what):
+def test_a_fault_file_is_printed_line_by_line(tmp_path, capsys, what):
     changes, metadata, says = READ[what]
     write(tmp_path / "f", tensors(**changes), **metadata)
     assert command(["replay", str(tmp_path / "f")]) == 0
@@ -104,7 +104,7 @@ def test_a_pipe_is_no_file_to_wait_for(tmp_path, capsys):
     assert "no such file" in capsys.readouterr().err
 
 
-def test_a_fault_that_cannot_be_written_is_told_all_the_same(tmp_path):
+def test_a_fault_is_reported_even_where_its_file_cannot_be_written(tmp_path):
     (tmp_path / "faults").write_text("a file where the folder belongs")
     said = []
     faults = Faults(tmp_path / "faults", allowed=1, settings={}, note=said.append)

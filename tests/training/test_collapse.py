@@ -52,5 +52,5 @@ def test_a_run_may_stop_there_and_be_continued(cfg, capsys):
     assert "remarks" not in again, "it was said before"
 
 
-def test_a_run_may_say_nothing(cfg):
+def test_the_collapse_watch_can_be_off(cfg):
     assert "remarks" not in train(replace(cfg, on_collapse="off", keep_best=None, eval_every=0))
