@@ -146,7 +146,7 @@ def pair_batches(
 
     Args:
         pairs_per_batch: so many pairs each (the last has what is left), or
-        max_tokens_per_batch: pairs of like length together, 4 to 128 of them (the last may have fewer), so
+        max_tokens_per_batch: pairs of similar length together, 4 to 128 of them (the last may have fewer), so
             that a padded batch [2N, P+T] has at most this many slots.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A stream is the file in bounded memory: every row once an epoch, resumed by a cursor, split by rank."""
+"""A stream is the file in bounded memory: every row once per epoch, resumed by a cursor, split by rank."""
 
 from __future__ import annotations
 

@@ -266,7 +266,7 @@ def test_repeated_prompts_count_once(planted, tmp_path):
     del subject.prompts
     assert "8 to train on in 32 rows, 2 held out" in finding(subject, "prompts").found
     subject.settings = dataclasses.replace(subject.settings, rollout_size=16)
-    assert finding(subject, "prompts").level == "warn"  # 8 prompts, 16 a step
+    assert finding(subject, "prompts").level == "warn"  # 8 prompts, 16 per step
     subject.settings = dataclasses.replace(subject.settings, rollout_size=16, samples=2)
     assert finding(subject, "prompts").level == "pass"
 

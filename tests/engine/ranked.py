@@ -148,7 +148,7 @@ def other_weights(job: dict[str, Any]) -> float:
 
 
 def lengths(job: dict[str, Any]) -> tuple[list[int], int]:
-    """The lengths of one response a rank, where rank 0's ends at its first token and the others go on; and
+    """The lengths of one response per rank, where rank 0's ends at its first token and the others go on; and
     how many weights of reference and reward model a rank holds between forwards.
     """
     run, prompts = started(job)

@@ -56,7 +56,7 @@ GROUPS = torch.tensor([0, 0, 1])
 HALVES = (torch.float16, torch.bfloat16)
 PER_TOKEN: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "gae": lambda r, v: gae(r, v, MASK),
-    "gae, λ a token": lambda r, v: gae(r, v, MASK, lam=torch.full_like(r, 0.5)),
+    "gae, λ per token": lambda r, v: gae(r, v, MASK, lam=torch.full_like(r, 0.5)),
     "discounted_returns": lambda r: discounted_returns(r, MASK, gamma=0.9),
     "masked_sum": lambda x: masked_sum(x, MASK, 1),
     "masked_mean": lambda x: masked_mean(x, MASK, 1),

@@ -71,7 +71,7 @@ END = torch.tensor([1.5, -0.7, 0.2, 2.0], dtype=torch.float64)
 FUNCTIONS: dict[str, tuple[int, Callable[..., Tensor | tuple[Tensor, ...]]]] = {
     "gae": (2, lambda r, v, mask: gae(r, v, mask, gamma=0.9, lam=0.8)),
     "gae without a discount": (2, lambda r, v, mask: gae(r, v, mask, lam=1.0)),
-    "gae, λ a token": (
+    "gae, λ per token": (
         3,
         lambda r, v, lam, mask: gae(r, v, mask, gamma=0.9, lam=zero_masked(lam, mask).sigmoid()),
     ),

@@ -1,4 +1,4 @@
-"""Minibatches: every row once an epoch, one order per seed, denominators that survive a split."""
+"""Minibatches: every row once per epoch, one order per seed, denominators that survive a split."""
 
 import pytest
 import torch

@@ -81,7 +81,7 @@ def test_state_survives(kind):
 
 
 def across_ranks(parts):
-    """What each rank computes when an all-reduce sums over all of them: one hook a rank, run in lockstep."""
+    """What each rank computes when an all-reduce sums over all of them: a hook per rank, in lockstep."""
     from concurrent.futures import ThreadPoolExecutor
     from threading import Barrier
 

@@ -97,7 +97,7 @@ def bad_reward(task: Session) -> None:
         batch["score"][2] = NAN
         return batch
 
-    # One call before the run, then one a step: the second step.
+    # One call before the run, then one per step: the second step.
     task.rewards.register_forward_hook(nth_time(3, spoil))
 
 

@@ -92,7 +92,7 @@ def counting_models(case: Case, folder: Path) -> None:
 
 
 def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """A tokenizer of one token a word: w3, w4, and so on."""
+    """A tokenizer of one token per word: w3, w4, and so on."""
     ids = {"<|pad|>": PAD, "<|end|>": END, "<|unk|>": 2}
     ids |= {f"w{index}": index for index in range(FIRST_WORD, vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<|unk|>"))
