@@ -32,7 +32,7 @@ class Settings:
     against: str
     """A folder with another checkout, or a git revision of this one."""
     cases: tuple[str, ...] = ("a", "b", "c", "d")
-    """Of lockstep/cases.py: a, b, c, c16, d, e, lora."""
+    """Of lockstep/cases.py: a, b, c, c16, d, e, lora, lora16."""
     iterations: int | None = None
     """Pairs of iterations that are timed, after one that is not; each case has its own default."""
     settings: tuple[str, ...] = ()

@@ -20,6 +20,11 @@ def fuse(layer: Any) -> None:
         layer.__class__ = _fused()
 
 
+def is_fused(layer: Any) -> bool:
+    """Whether :func:`fuse` changed ``layer``."""
+    return type(layer) is _fused()
+
+
 @cache
 def _fused() -> type:
     from peft.tuners.lora import Linear
@@ -41,6 +46,15 @@ def _fused() -> type:
     return FusedLinear
 
 
+def adapted_product(
+    tokens: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, *, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """x Wᵀ + b + s (x Aᵀ) Bᵀ [N,out] and x Aᵀ [N,rank], of tokens x [N,in]; all of one dtype."""
+    out = nn.functional.linear(tokens, weight, bias)
+    down = tokens @ a.T
+    return out.addmm_(down, b.T, alpha=scaling), down
+
+
 class AdaptedProduct(torch.autograd.Function):
     """x Wᵀ + b + s (x Aᵀ) Bᵀ, in the dtype of x [...,in]; W [out,in] and b are constants.
 
@@ -53,9 +67,8 @@ class AdaptedProduct(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
     ) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1])
-        out = nn.functional.linear(tokens, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        down = tokens @ a.to(x.dtype).T
-        out.addmm_(down, b.to(x.dtype).T, alpha=scaling)
+        cast: list[Any] = [None if each is None else each.to(x.dtype) for each in (weight, bias, a, b)]
+        out, down = adapted_product(tokens, *cast, scaling=scaling)
         ctx.save_for_backward(tokens, weight, a, b, down)
         ctx.scaling = scaling
         return out.view(*x.shape[:-1], len(weight))

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from ppo_kit.models.adapted_linear import fuse
 from ppo_kit.models.adapter_check import check_adapter
+from ppo_kit.models.frozen import store_in_bfloat16
 from ppo_kit.models.policy import checkpoint_activations, disable_dropout
 from ppo_kit.models.save import save_weights
 from ppo_kit.models.sequence import probe_ids
@@ -58,6 +59,7 @@ class LoRA:
         self.alpha = 2 * rank if alpha is None else alpha
         self.names: list[str] = []
         self.active: str | None = None
+        self.rounded = False
         self.layers: dict[str, Any] = {}
         self.plain_shapes = {key: weight.shape for key, weight in model.state_dict().items()}
         disable_dropout(model)
@@ -80,6 +82,15 @@ class LoRA:
         if name != self.active:
             self._switch(name)
 
+    def store_base_in_bfloat16(self) -> None:
+        """Keep the frozen linear layers in bfloat16, for modules of that ``dtype`` alone: the same bits.
+
+        Call it when all adapters are made. Merged weights are then float32 sums of the rounded base, which
+        is the one that the adapters were trained on.
+        """
+        store_in_bfloat16(self.model, adapters=self._lora_weights().values())
+        self.rounded = True
+
     def weights(self, name: str) -> dict[str, nn.Parameter]:
         """A and B of one adapter, by the names they have in a peft checkpoint."""
         mark = f".{name}.weight"
@@ -94,6 +105,9 @@ class LoRA:
         weights = {key: value for key, value in self.model.state_dict().items() if "lora_" not in key}
         for key, layer in self.layers.items():
             weights[f"{key}.base_layer.weight"] = layer.base_layer.weight + layer.get_delta_weight(name)
+        if self.rounded:
+            weights = {key: value.float() if value.is_floating_point() else value
+                       for key, value in weights.items()}  # fmt: skip
         return {key.replace(".base_layer.", "."): value.detach() for key, value in weights.items()}
 
     def merged_shapes(self) -> dict[str, torch.Size]:
@@ -125,6 +139,10 @@ class LoRA:
     def _add(self, name: str | None) -> str | None:
         if name is None or name in self.names:
             return name
+        if self.rounded:
+            raise ValueError(
+                f"adapter {name}: make it before store_base_in_bfloat16, or peft makes it bfloat16"
+            )
         try:
             from peft import inject_adapter_in_model
         except ModuleNotFoundError as error:

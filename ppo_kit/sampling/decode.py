@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from contextlib import nullcontext
 
 import torch
 from tensordict import TensorDictBase
@@ -12,6 +13,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
 from ppo_kit.engine import ranks
+from ppo_kit.models.decoding import decoding
 from ppo_kit.models.policy import Policy
 from ppo_kit.sampling.draw import draw
 from ppo_kit.sampling.reader import Reader
@@ -74,7 +76,9 @@ def rollout(
     # What the repetition penalty looks at: a masked slot repeats the row's last token, so it penalizes none.
     history = pad(torch.where(mask, ids, ids[:, -1:]), (0, length))
     responses = Responses(size, length, device)
-    with policy.autocast():
+    # A wrapper may have read the layers already: it was compiled, or shards their weights.
+    plain = nullcontext() if policy.wrapped else decoding(policy.model, policy.dtype)
+    with plain, policy.autocast():
         reader = Reader(policy, ids, mask, length)
         is_end = torch.zeros(reader.logits.shape[-1], dtype=torch.bool, device=device)
         is_end[ends] = True

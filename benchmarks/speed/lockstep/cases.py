@@ -55,4 +55,6 @@ CASES = {
               vocabulary=49_152, iterations=3),
     "lora": Case("SmolLM2-135M, LoRA, 8x(160+32), PPO-max", 8, 160, 32, 32, minibatch=8, vocabulary=49_152,
                  recipe="ppo_max", settings=LORA, model="smollm2", iterations=3),
+    "lora16": Case("the same in bfloat16", 8, 160, 32, 32, minibatch=8, vocabulary=49_152, recipe="ppo_max",
+                   settings={**LORA, "bf16": True}, model="smollm2", iterations=3),
 }  # fmt: skip
