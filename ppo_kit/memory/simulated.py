@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from ppo_kit.functional.tiled_logits import tile_size
 from ppo_kit.memory.workload import Workload
+from ppo_kit.models.decoding import decoding
 from ppo_kit.models.frozen import store_in_bfloat16
 from ppo_kit.models.head import plain_model
 from ppo_kit.models.load import freeze_below
@@ -63,6 +64,8 @@ class SimulatedStep:
                 freeze_below(model, work.train_layers)
             if work.gradient_checkpointing:
                 checkpoint_activations(model)
+        if work.lora_rank and work.dtype == torch.bfloat16:
+            self._store_bases_in_bfloat16()
 
     def _critic_of(self, policy: str, rewards: Sequence[str]) -> Any:
         """A copy of the first reward model, or of the policy without one; with LoRA, an adapter on these."""
@@ -75,6 +78,14 @@ class SimulatedStep:
             self.bases.append(base)
         lora = LoRA(base, rank=self.work.lora_rank)
         return self._made("critic", lora.scalar("critic"), f"adapter on {on}")
+
+    def _store_bases_in_bfloat16(self) -> None:
+        names = "policy", "reward model" if self.rewards else "critic's base"
+        for name, model in zip(names, self.trained, strict=False):
+            weights, (size, why) = list(model.lora.model.parameters()), self.weights[name]
+            size -= sum(weight.nbytes for weight in weights)
+            model.lora.store_base_in_bfloat16()
+            self.weights[name] = (size + sum(weight.nbytes for weight in weights), why)
 
     @property
     def trained(self) -> list[Any]:
@@ -115,7 +126,7 @@ class SimulatedStep:
     def sample(self) -> None:
         work, rows = self.work, self.work.rollout_size
         self.policy.eval()
-        with autocast(self.policy, work.dtype):
+        with decoding(self.policy, work.dtype), autocast(self.policy, work.dtype):
             out = self.policy(**_inputs(rows, work.prompt_tokens), use_cache=True, logits_to_keep=1)
             rest = (work.prompt_tokens + work.max_new_tokens) / work.prompt_tokens - 1
             grown = [

@@ -41,6 +41,7 @@ class _NoAdapter:
 @contextmanager
 def _exchanged(model: Any, dtype: torch.dtype) -> Iterator[None]:
     lora, name = model.lora, model.name
+    lora.use(name)  # while the layers are away it could not be switched
     places = []
     for key, layer in lora.layers.items():
         above, _, last = key.rpartition(".")

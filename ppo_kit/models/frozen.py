@@ -9,17 +9,17 @@ from torch import nn
 
 
 @torch.no_grad()
-def store_in_bfloat16(model: nn.Module, *, adapters: Iterable[nn.Parameter] = ()) -> None:
+def store_in_bfloat16(model: nn.Module, *, keep: Iterable[nn.Parameter] = ()) -> None:
     """Keep the weights of ``model``'s linear layers in bfloat16.
 
     Computed with ``dtype=torch.bfloat16`` (``torch.autocast``) the model gives the same bits as with float32
     weights, which autocast rounds in every pass. Embeddings, an output matrix tied to them, norms and a
-    scalar head stay as they are: autocast computes them in float32. So do ``adapters``, which may train.
+    scalar head stay as they are: autocast computes them in float32. So do the weights ``keep``.
 
     Raises:
         ValueError: a weight trains: small steps would be rounded away.
     """
-    left = set(map(id, adapters))
+    left = set(map(id, keep))
     training = [
         name for name, weight in model.named_parameters() if weight.requires_grad and id(weight) not in left
     ]

@@ -83,12 +83,15 @@ class LoRA:
             self._switch(name)
 
     def store_base_in_bfloat16(self) -> None:
-        """Keep the frozen linear layers in bfloat16, for modules of that ``dtype`` alone: the same bits.
+        """Keep the frozen linear layers, but the head, in bfloat16, for modules of that ``dtype`` alone: the
+        same bits, without a cast in each pass.
 
-        Call it when all adapters are made. Merged weights are then float32 sums of the rounded base, which
-        is the one that the adapters were trained on.
+        Call it when all adapters are made. Merged weights are then sums of the rounded base, which is the
+        one that the adapters were trained on.
         """
-        store_in_bfloat16(self.model, adapters=self._lora_weights().values())
+        head = self.model.get_output_embeddings()
+        kept = [*self._lora_weights().values(), *([] if head is None else head.parameters())]
+        store_in_bfloat16(self.model, keep=kept)
         self.rounded = True
 
     def weights(self, name: str) -> dict[str, nn.Parameter]:
@@ -140,9 +143,7 @@ class LoRA:
         if name is None or name in self.names:
             return name
         if self.rounded:
-            raise ValueError(
-                f"adapter {name}: make it before store_base_in_bfloat16, or peft makes it bfloat16"
-            )
+            raise ValueError(f"adapter {name}: make it before the base is stored in bfloat16")
         try:
             from peft import inject_adapter_in_model
         except ModuleNotFoundError as error:

@@ -101,9 +101,6 @@ def load_models(
         models = [each.model for each in components.values() if isinstance(each, _Scored)]
         for model in filter(None, (frozen, *models)):
             store_in_bfloat16(model.requires_grad_(False))
-    if settings.lora_rank and settings.bf16:
-        for lora in {id(each.lora): each.lora for each in (trained, valued) if each is not None}.values():
-            lora.store_base_in_bfloat16()
     known = ids_with_token(tokenizer)
     # Where every row of the head is a token there is nothing to mask.
     whole = bool(known.all()) and len(known) == trained.config.get_text_config(decoder=True).vocab_size

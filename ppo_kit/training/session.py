@@ -329,7 +329,10 @@ class Session(Loop):
         return held_out_metrics(parts) if parts else {}
 
     def check_models(self) -> None:
-        """Compare what policy and critic compute with and without padding, cache and training mode."""
+        """Compare what policy and critic compute with and without padding, cache and training mode.
+
+        Then, with ``bf16``, keep LoRA's frozen layers so.
+        """
         if self.engine.sharded:
             return
         with self.engine.generating(self.policy):
@@ -337,6 +340,10 @@ class Session(Loop):
         if self.critic is not None:
             with self.engine.generating(self.critic):
                 check_scalar(self.critic)
+        if self.settings.lora_rank and self.settings.bf16 and self.engine.weights_dtype == torch.float32:
+            # Not earlier: in float32 the checks tell more.
+            for module in filter(None, (self.policy, self.critic)):
+                module.model.lora.store_base_in_bfloat16()
 
     def save_model(self) -> None:
         """Write the policy and its tokenizer as transformers loads them; of LoRA the adapter, or merged."""

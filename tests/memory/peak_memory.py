@@ -50,6 +50,9 @@ def take_steps(
         one, two = LoRA(actor, rank=work.lora_rank), LoRA(scalar, rank=work.lora_rank)
         policy, reference = Policy(one.causal("policy"), **dtype), Reference(one.causal(None), **dtype)
         critic, reward = Critic(two.scalar("critic"), **dtype), RewardModel(two.scalar(None), **dtype)
+        if work.dtype == torch.bfloat16:
+            for lora in (one, two):
+                lora.store_base_in_bfloat16()
     else:
         policy, reference = Policy(actor, **dtype), Reference(copy.deepcopy(actor), **dtype)
         critic = Critic(copy.deepcopy(scalar), **dtype)

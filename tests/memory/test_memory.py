@@ -43,6 +43,7 @@ def folders(tmp_path):
     [
         ("llama", {"micro_batch_size": 4}),
         ("llama", {"micro_batch_size": 4, "lora_rank": 4}),
+        ("llama", {"micro_batch_size": 4, "lora_rank": 4, "dtype": torch.bfloat16}),
         ("gpt2", {"micro_batch_size": 8, "train_layers": 1}),
         ("gpt2", {"micro_batch_size": 8, "dtype": torch.bfloat16}),
         ("llama", {"micro_batch_size": 4, "frozen_bf16": True}),
