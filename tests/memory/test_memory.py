@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaModel
 
 from ppo_kit.memory import GIB, MemoryEstimate, Workload, estimate_memory, main
 from ppo_kit.memory.live_bytes import LiveBytes
+from ppo_kit.memory.simulated import SimulatedStep
 from tests.architectures import tiny
 from tests.models.test_adapters import EXPERTS
 
@@ -43,7 +45,6 @@ def folders(tmp_path):
     [
         ("llama", {"micro_batch_size": 4}),
         ("llama", {"micro_batch_size": 4, "lora_rank": 4}),
-        ("llama", {"micro_batch_size": 4, "lora_rank": 4, "dtype": torch.bfloat16}),
         ("gpt2", {"micro_batch_size": 8, "train_layers": 1}),
         ("gpt2", {"micro_batch_size": 8, "dtype": torch.bfloat16}),
         ("llama", {"micro_batch_size": 4, "frozen_bf16": True}),
@@ -61,6 +62,26 @@ def test_a_step_holds_what_was_estimated(folders, family, settings):
     program = estimate.items["program"][0] if "program" in estimate.items else 0
     taken = take_steps(*names, work, counter=LiveBytes())
     assert estimate.total - program - weights == pytest.approx(taken, rel=0.1)
+
+
+def test_weights_that_sampling_adds_and_that_bfloat16_halves_are_counted(folders):
+    names = folders("llama")
+
+    def simulated(**settings):
+        with torch.device("meta"):
+            step = SimulatedStep(*names, Workload(**STEP, micro_batch_size=4, **settings), torch.float32)
+        with FakeTensorMode(), LiveBytes() as live:
+            step.place()
+            before = live.live
+            step.sample()
+        return live.peak - before, step.weights["policy"][0], step.weights["reward model"][0]
+
+    adapted = 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
+    (plain, *whole), (merged, *same) = simulated(), simulated(lora_rank=4)
+    assert merged - plain == pytest.approx(4 * adapted, rel=0.05)
+    assert same == whole
+    _, *rounded = simulated(lora_rank=4, dtype=torch.bfloat16)
+    assert rounded == [size - 2 * adapted for size in whole]
 
 
 def test_it_is_read_from_configs_alone(folders, tmp_path):

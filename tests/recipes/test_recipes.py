@@ -280,8 +280,9 @@ def test_lora_trains_adapters_over_one_base(brought, run, tmp_path, merge):
         assert not torch.equal(trained[key], before[key])
 
 
-def test_bfloat16_compute_keeps_float32_weights(run, tmp_path):
-    out = run("ppo_max", tmp_path / "run", steps=2, bf16=True)
+@pytest.mark.parametrize("settings", [{}, {"lora_rank": 2, "merge": True}], ids=["all", "lora"])
+def test_bfloat16_compute_keeps_float32_weights(run, tmp_path, settings):
+    out = run("ppo_max", tmp_path / "run", steps=2, bf16=True, **settings)
     assert abs(rows(out)[0]["kl"]) < 0.01
     assert AutoModelForCausalLM.from_pretrained(out / "policy").dtype == torch.float32
 
