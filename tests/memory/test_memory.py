@@ -69,7 +69,9 @@ def test_weights_that_sampling_adds_and_that_bfloat16_halves_are_counted(folders
 
     def simulated(**settings):
         with torch.device("meta"):
-            step = SimulatedStep(*names, Workload(**STEP, micro_batch_size=4, **settings), torch.float32)
+            step = SimulatedStep(
+                names[0], names[1:], Workload(**STEP, micro_batch_size=4, **settings), torch.float32
+            )
         with FakeTensorMode(), LiveBytes() as live:
             step.place()
             before = live.live
