@@ -5,7 +5,7 @@
 A run has collapsed if its smoothed gold reward ends at least ``FALL`` below its peak, and has done so from
 the first step after the peak from which it stays that far below. An alarm is true in such a run from the peak
 on, and false before the peak and in every other run. The watch never sees the gold reward. Its limits were
-chosen on seeds from 100 on; the runs that are measured have others.
+set before any of these runs was made, and were not changed after.
 """
 
 from __future__ import annotations
