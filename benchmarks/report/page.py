@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from figures import Figure
+from figures import FIGURES, Figure
 from PIL import Image
 
 from ppo_kit.report import draw_comparison
@@ -33,6 +33,9 @@ def draw(figure: Figure, groups: Mapping[str, Sequence[Path]], pages: Path) -> P
 def write_page(pages: Path) -> Path:
     """Write ``index.md`` from every ``figure_NN.json`` in ``pages``."""
     results = [json.loads(file.read_text()) for file in sorted(pages.glob("figure_*.json"))]
+    numbers = [result["figure"] for result in results]
+    everything = numbers == [figure.number for figure in FIGURES]
+    which = "--all" if everything else f"--figure {' '.join(map(str, numbers))}"
     reasons = json.loads(REASONS.read_text()) if REASONS.exists() else {}
     lines = [
         "# The report's figures, rebuilt in the sandbox",
@@ -45,7 +48,7 @@ def write_page(pages: Path) -> Path:
         "interval covers the true mean about 84 times in 100, so read the seeds as well (`figure_NN.json`).",
         "",
         "```",
-        "python benchmarks/report/run.py --all --pages docs/report",
+        f"python benchmarks/report/run.py {which} --seeds {len(results[0]['seeds'])} --pages docs/report",
         "```",
         "",
         "| figure | claim | verdict | mean | interval |",

@@ -36,7 +36,7 @@ class Reproduction:
     """All figures."""
     seeds: int = 5
     """Seeds of each variant, from 10."""
-    steps: int = 100
+    steps: int = 80
     """PPO steps of a run, where the figure does not say otherwise."""
     processes: int = 2
     """Runs at a time: the number of cores to use."""
@@ -99,7 +99,7 @@ def judge(figure: Figure, cfg: Reproduction) -> dict[str, Any]:
         "figure": figure.number,
         "title": figure.title,
         "seeds": list(seeds_of(figure, cfg)),
-        "steps": figure.steps or cfg.steps,
+        "steps": max(run.steps for run in runs[0].values()),
         "variants": {name: dict(settings) for name, settings in figure.variants.items()},
         "claims": [claim.decide(runs) for claim in figure.claims],
         "ends": {
