@@ -1,6 +1,6 @@
 """How often the collapse watch is right: its alarms in finished sandbox runs, against the gold reward.
 
-    python benchmarks/collapse/measure.py runs/report runs/leaderboard --page docs/collapse.md
+    python benchmarks/collapse/measure.py runs/report --page docs/collapse.md
 
 A run has collapsed if its smoothed gold reward ends at least ``FALL`` below its peak, and has done so from
 the first step after the peak from which it stays that far below. An alarm is true in such a run from the peak

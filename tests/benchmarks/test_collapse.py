@@ -57,11 +57,11 @@ def test_a_run_is_judged_by_its_gold_reward(measure, tmp_path, gold, alarm, kind
 def test_the_command_of_the_page_is_one(measure):
     import tyro
 
-    command = ["runs/report", "runs/leaderboard", "--page", "docs/collapse.md"]
+    command = ["runs/report", "--page", "docs/collapse.md"]
     page = FILE.parents[2] / "docs" / "collapse.md"
     assert f"python benchmarks/collapse/measure.py {' '.join(command)}" in page.read_text()
     cfg = tyro.cli(measure.Measure, args=command)
-    assert cfg.folders == (Path("runs/report"), Path("runs/leaderboard"))
+    assert cfg.folders == (Path("runs/report"),)
 
 
 def test_the_page_gets_the_rates(measure, tmp_path, capsys):
