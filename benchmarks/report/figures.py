@@ -261,7 +261,7 @@ FIGURES = (
         10,
         "wins against the SFT model by the gold reward, at equal numbers of responses",
         {
-            "vanilla": {"eval_every": 10, "keep_best": "gold_score"},
+            "vanilla": {"eval_every": 10, "checkpoint_every": 10, "keep_best": "gold_score"},
             "PPO-max": PPO_MAX,
             "RLOO": {"recipe": "rloo"},
             "GRPO": {"recipe": "grpo"},

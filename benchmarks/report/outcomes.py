@@ -43,7 +43,7 @@ def outcome(folder: Path, seed: int) -> dict[str, Any]:
     best = best_checkpoint(folder / "checkpoints")
     if best is not None:
         policies["best"] = Policy(load_causal_lm(str(folder / "policy")))
-        policies["best"].load_state_dict(read_checkpoint(best)["state"]["policy"], strict=False)
+        policies["best"].load_state_dict(read_checkpoint(best)["state"]["policy"])
     baseline = _gold(sft, tokenizer, seed)
     result = {
         name: _against(_gold(policy, tokenizer, seed), baseline, seed, tokenizer)
