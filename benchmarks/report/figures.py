@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from claims import Claim
+from claims import MARGIN, Claim
 
 Settings = Mapping[str, Any]
 VANILLA: Settings = {}
@@ -83,7 +83,7 @@ def _range(*names: str) -> Any:
 
     def measure(runs: Any) -> float:
         ends = [runs[name].end("gold_score") for name in names]
-        return max(ends) - min(ends) - 0.25
+        return max(ends) - min(ends) - MARGIN
 
     return measure
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ppo_kit.monitor import METRICS
+from ppo_kit.report.history import read_json, read_rows
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +61,7 @@ def first_difference(first: Path, second: Path) -> Difference:
         FileNotFoundError: a folder holds no metrics.jsonl.
         ValueError: no step is in both; a checkpoint is damaged.
     """
-    from ppo_kit.run.checkpoint import read_checkpoint
+    from ppo_kit.run.checkpoint import read_checkpoint, saved_checkpoints
 
     rows = [_rows(folder) for folder in (first, second)]
     common = sorted(rows[0].keys() & rows[1].keys())
@@ -71,8 +71,8 @@ def first_difference(first: Path, second: Path) -> Difference:
         ((step, parts) for step in common if (parts := _differing(rows[0][step], rows[1][step]))), (None, {})
     )
     stage = next((name for name, own in STAGES.items() if metrics.keys() & set(own)), "update")
-    saved = {step.name for step in (first / "checkpoints").glob("step-*")}
-    both = sorted(saved & {step.name for step in (second / "checkpoints").glob("step-*")})
+    saved = [{step.name for step in saved_checkpoints(run / "checkpoints")} for run in (first, second)]
+    both = sorted(saved[0] & saved[1])
     checkpoint, tensor = next(
         (
             (int(name.removeprefix("step-")), where)
@@ -116,8 +116,7 @@ def _rows(folder: Path) -> dict[int, dict[str, Any]]:
     file = folder / "metrics.jsonl"
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; give the folders of two runs")
-    rows = (json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
-    return {row["step"]: row for row in rows}
+    return {row["step"]: row for row in read_rows(file)}
 
 
 def _differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -171,15 +170,9 @@ def _is_nan(value: Any) -> bool:
 
 def _settings(first: Path, second: Path) -> dict[str, tuple[Any, Any]]:
     """Settings and versions that differ."""
-    configs = [_config(folder) for folder in (first, second)]
+    configs = [read_json(folder / "config.json") for folder in (first, second)]
     pairs: dict[str, tuple[Any, Any]] = {}
     for place in PLACES:
         a, b = (config.get(place) or {} for config in configs)
         pairs |= {name: (a.get(name), b.get(name)) for name in {**a, **b} if name not in ("out", "resume")}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return config

@@ -70,7 +70,7 @@ def save_checkpoint(
     if best:
         write_whole(folder / "best", final.name + "\n")
     stays = _named_by(folder / "best")
-    others = [path for path in _checkpoints(folder) if _step(path) <= step and path != stays]
+    others = [path for path in saved_checkpoints(folder) if _step(path) <= step and path != stays]
     for path in others[:-keep]:
         if not path.is_symlink():
             shutil.rmtree(path)
@@ -93,11 +93,11 @@ def load_checkpoint(
         try:
             return _step(latest), read_checkpoint(latest)
         except CheckpointError as error:
-            beside = [path.name for path in _checkpoints(folder) if path != latest]
+            beside = [path.name for path in saved_checkpoints(folder) if path != latest]
             advice = f"to go on from {beside[-1]}, write that name into {folder / 'latest'}" if beside else ""
             raise CheckpointError("; ".join(filter(None, [str(error), advice]))) from error
     damaged = []
-    for path in reversed(_checkpoints(folder)):
+    for path in reversed(saved_checkpoints(folder)):
         try:
             state = read_checkpoint(path)
         except CheckpointError as error:
@@ -170,7 +170,7 @@ def restore_parts(
 
 def has_checkpoint(folder: Path) -> bool:
     """Whether ``folder`` holds a checkpoint, whole or not."""
-    return any((path / "state.pt").is_file() for path in _checkpoints(folder))
+    return any((path / "state.pt").is_file() for path in saved_checkpoints(folder))
 
 
 def best_checkpoint(folder: Path) -> Path | None:
@@ -188,7 +188,7 @@ def _named_by(pointer: Path) -> Path | None:
     return path if path.is_dir() else None
 
 
-def _checkpoints(folder: Path) -> list[Path]:
+def saved_checkpoints(folder: Path) -> list[Path]:
     """The folders with a checkpoint's name, by step; a copy called ``step-000080-backup`` is none."""
     return sorted((path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()),
                   key=_step)  # fmt: skip

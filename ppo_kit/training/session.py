@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -295,9 +296,10 @@ class Session(Loop):
         row = {**rollout_metrics(batch), **spread_metrics(batch), **parts, **metrics, **self.watch.lap(batch)}
         self.log_metrics(step, row)
         self._watch_collapse(step, row)
-        samples = step_samples(batch, self.tokenizer, self.policy, self._inspected(), cfg=self.settings)
+        samples = step_samples(batch, self.tokenizer, self.policy, self._inspected, cfg=self.settings)
         self.run.sample(step, samples, scores=batch["score"].tolist())
 
+    @cached_property
     def _inspected(self) -> list[list[int]]:
         """The prompts whose responses are kept by token: the first ones of the run."""
         count = min(self.settings.inspect, len(self.prompts))

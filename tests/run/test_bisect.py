@@ -93,3 +93,10 @@ def test_folders_that_hold_no_run_are_refused(tmp_path):
     (later / "metrics.jsonl").write_text('{"step": 9}\n')
     with pytest.raises(ValueError, match="no step in common"):
         first_difference(tmp_path / "a", later)
+
+
+def test_a_copy_beside_the_checkpoints_is_none(tmp_path):
+    first, second = write(tmp_path / "a"), write(tmp_path / "b", weight=0.25)
+    for run in (first, second):
+        (run / "checkpoints" / "step-000004").rename(run / "checkpoints" / "step-000004-backup")
+    assert first_difference(first, second).checkpoint is None
