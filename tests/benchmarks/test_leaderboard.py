@@ -61,17 +61,23 @@ def test_the_table_is_sorted_by_the_interquartile_mean(board, tmp_path, monkeypa
         algorithms=("ppo", "grpo"), seeds=4, steps=10, out=tmp_path / "runs", pages=tmp_path / "pages"
     )
     gold = {"ppo": [0.0, 0.2, 0.4, -9.0], "grpo": [1.0, 1.2, 1.4, 9.0]}
+    best = {"ppo": 5e-4, "grpo": 2e-3}
 
     def write(jobs, root, *, processes):
         for job in jobs:
-            values = gold[job.settings["algorithm"]]
-            write_run(job.folder(root), values[job.settings["seed"] - board.run.FIRST_SEED])
+            name, rate, seed = (job.settings[key] for key in ("algorithm", "lr", "seed"))
+            assert job.settings["critic_lr"] == rate
+            if seed >= board.run.FIRST_TUNING_SEED:
+                write_run(job.folder(root), 5.0 if rate == best[name] else 4.0)
+            else:
+                assert rate == best[name]
+                write_run(job.folder(root), gold[name][seed - board.run.FIRST_SEED])
 
     monkeypatch.setattr(board.run, "run_jobs", write)
     board.run.main(cfg)
     page = (cfg.pages / "index.md").read_text()
     assert page.index("| GRPO | 1.30 (") < page.index("| vanilla PPO | 0.10 (")
-    assert "| 4 of 4 | 1.50 |" in page, "below SFT, and seconds per step"
+    assert "| 4 of 4 | 5e-04 | 1.50 |" in page, "below SFT, learning rate, seconds per step"
     rows = json.loads((cfg.pages / "leaderboard.json").read_text())
     assert rows["grpo"]["seeds"] == pytest.approx(gold["grpo"])
     low, high = board.run.interval(gold["grpo"])
