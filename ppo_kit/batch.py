@@ -63,7 +63,7 @@ def present_key(batch: TensorDictBase, key: NestedKey) -> NestedKey:
 
 
 def padding_error(mask: Tensor, *, left: bool) -> str | None:
-    """Say which row of ``mask`` [B,T] is not padded on that side only; None where all rows are.
+    """Describe the first row of ``mask`` [B,T] that is not padded on that side only; None if there is none.
 
     >>> padding_error(torch.tensor([[True, False, True]]), left=False)
     'row 0 is not right-padded (valid slots [0, 2] of 3)'

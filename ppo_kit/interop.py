@@ -20,8 +20,8 @@ def from_torchrl(batch: TensorDictBase, *, eos_token_id: int) -> TensorDict:
     Its mask is ids != pad: it drops a sampled pad token, and every end-of-sequence token where the two share
     an id. So the response mask is made from the first end-of-sequence token, which it includes; a response
     without one is ``truncated`` and valid throughout. The prompt's mask is taken up to its first valid slot.
-    Log-probabilities are left behind: in 0.14 the first one of each response is 0, whatever the model says.
-    Score the batch with the policy instead.
+    Log-probabilities are left behind: in 0.14 the first one of each response is 0, whatever the model
+    computed. Score the batch with the policy instead.
 
     Args:
         batch: [B] with ("tokens", "prompt") [B,P], ("tokens", "response") [B,T] and

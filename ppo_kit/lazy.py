@@ -13,10 +13,10 @@ from typing import Any
 def load_on_first_use(
     package: str, *, renamed: dict[str, str] | None = None
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """``__getattr__`` and ``__dir__`` of a package that loads each name when it is first asked for.
+    """``__getattr__`` and ``__dir__`` of a package that loads each name on first use.
 
     The package's ``__init__.py`` imports its names for type checkers alone; these lines, read from the file,
-    say which module defines what::
+    list which module defines what::
 
         if TYPE_CHECKING:
             from ppo_kit.data.load import load_pairs, load_prompts
@@ -65,7 +65,7 @@ def _source(package: str) -> str:
     spec = sys.modules[package].__spec__
     source = spec.loader.get_source(package) if spec and spec.loader else None  # type: ignore[attr-defined]
     if source is None:
-        raise ImportError(f"{package}: needs its source, __init__.py, to know which names it has")
+        raise ImportError(f"{package}: needs its source, __init__.py, to list its names")
     return source
 
 

@@ -20,12 +20,12 @@ COMMANDS = {
     "list": "the recipes, with what each is",
     "copy": "write a recipe here, to edit: ppo-kit copy grpo [--to FILE]",
     "doctor": "check models, prompts and settings before a run",
-    "data": "say what a file of dialogues holds: ppo-kit data check FILE",
+    "data": "list what a file of dialogues holds: ppo-kit data check FILE",
     "memory": "estimate the memory that a run needs",
-    "replay": "say what was not finite in a batch that a run stopped at",
+    "replay": "print what was not finite in a batch that a run stopped at",
     "report": "draw the picture and the page of run folders again",
     "compare": "draw run folders over each other",
-    "profile": "say where the time of a step goes, and what to change: ppo-kit profile RECIPE [flags]",
+    "profile": "measure where the time of a step goes, and what to change: ppo-kit profile RECIPE [flags]",
     "inspect": "read responses token by token: a page from a run folder or a fault's file",
     "bisect": "find where two runs that should be equal part: ppo-kit bisect FOLDER FOLDER",
 }
@@ -40,7 +40,7 @@ _PROGRAMS = {
     "bisect": "ppo_kit.run.bisect",
     "inspect": "ppo_kit.cli.tokens",
 }
-"""Command -> the module whose ``main(arguments)`` it is; imported when asked for, for torch takes seconds."""
+"""Command -> the module whose ``main(arguments)`` it is; imported on use, since torch takes seconds."""
 _NAMED = ("replay", "report", "compare")
 """Commands whose ``main`` takes them as its first argument."""
 
@@ -95,7 +95,7 @@ def run_file(file: Path, arguments: Sequence[str]) -> None:
 def copy_recipe(arguments: Sequence[str]) -> Path:
     """Write a copy of a recipe, and return its path; raises ``FileExistsError`` rather than overwrite."""
     parser = argparse.ArgumentParser(prog="ppo-kit copy", description="Write a recipe here, to edit.")
-    parser.add_argument("recipe", help="its name, as ppo-kit list says it")
+    parser.add_argument("recipe", help="its name, as ppo-kit list prints it")
     parser.add_argument("--to", type=Path, help="file or folder to write; RECIPE.py here if not given")
     parser.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args(list(arguments))

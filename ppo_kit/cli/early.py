@@ -19,7 +19,7 @@ from ppo_kit.cli.mistakes import one_line
 from ppo_kit.cli.parse import parse_settings
 
 LAST_LINES = "if __name__ == '__main__':\n    sys.exit(run_recipe(main))"
-"""What tells a recipe from another script, as ``ast.unparse`` writes it."""
+"""What marks a file as a recipe, as ``ast.unparse`` writes it."""
 _ALONE = "settings_of_a_recipe"
 """Name of the module that the class is evaluated in."""
 
@@ -34,9 +34,9 @@ def answer_script() -> None:
 
 
 def answer_early(file: Path, arguments: Sequence[str]) -> None:
-    """End the program where a recipe's command line asks for help or has a mistake, as the recipe would.
+    """Print a recipe's help, or the mistake in its command line, as the recipe would, and end the program.
 
-    Returns where there is nothing to say, and for a file that this cannot read for certain: one without the
+    Returns where there is neither, and for a file that this cannot read for certain: one without the
     last lines of a recipe, with statements of another kind, or whose settings cannot be evaluated alone. The
     recipe then runs, and ``run_recipe`` parses the command line.
 
@@ -49,7 +49,7 @@ def answer_early(file: Path, arguments: Sequence[str]) -> None:
         with _settings_class(file) as (kind, description), one_line(debug=False) as outcome:
             parse_settings(kind, arguments, file=file, description=description)
     except Exception:
-        return  # the recipe itself says what is wrong
+        return  # the recipe itself reports the mistake
     if outcome.status:
         sys.exit(outcome.status)
 
@@ -96,7 +96,7 @@ class _Recipe:
             if isinstance(node, ast.If) and ast.unparse(node) == LAST_LINES:
                 ends = True
             elif not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
-                for name in _bound(node):
+                for name in _bound_names(node):
                     if name in statements:
                         raise _NotSeparable(f"{name} is bound twice")
                     statements[name] = node
@@ -123,7 +123,7 @@ class _Recipe:
         return [_reduced(node, found) for node in needed.values()]
 
 
-def _bound(node: ast.stmt) -> list[str]:
+def _bound_names(node: ast.stmt) -> list[str]:
     """The names that a statement binds; raises ``_NotSeparable`` for a kind that does more than bind."""
     if isinstance(node, ast.ClassDef | ast.FunctionDef):
         return [node.name]

@@ -78,15 +78,15 @@ def describe(error: Exception) -> str | None:
 
     Those are errors of files, and ``ValueError`` and the like that a ``raise`` statement wrote. The same
     types raised by Python itself (``int("x")``, a missing dictionary key) point at a fault of the code, which
-    needs its traceback. An error from another package says where it was raised.
+    needs its traceback. The text of an error from another package names where it was raised.
     """
     frames = traceback.extract_tb(error.__traceback__)
     place, line = (frames[-1].filename, frames[-1].lineno or 0) if frames else ("", 0)
     raised = linecache.getline(place, line).lstrip().startswith("raise")
     if not isinstance(error, OSError) and not (isinstance(error, _WRITTEN) and raised):
         return None
-    said = error.args[0] if isinstance(error, KeyError) and error.args else error
-    text = " ".join(str(said).split()) or type(error).__name__
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    text = " ".join(str(text).split()) or type(error).__name__
     foreign = "site-packages" in place and not place.startswith(PACKAGE)
     return f"{text} (raised in {place}:{line}; --debug shows the traceback)" if foreign else text
 

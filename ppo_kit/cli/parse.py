@@ -42,7 +42,7 @@ def parse_settings(kind: type[T], arguments: Sequence[str], *, file: Path, descr
     Raises:
         ValueError, FileNotFoundError: as ``read_settings``; the settings themselves refuse a value.
         SystemExit: after ``--help``, and with status 2 for an unknown flag or a value of the wrong type,
-            both told on the first rank alone.
+            both printed by the first rank alone.
     """
     # tyro takes a good part of a second; what only lists or copies recipes does without.
     import tyro
@@ -86,9 +86,9 @@ def _groups(kind: type, defaults: dict[str, Any]) -> list[tuple[str, str, type]]
     """(title, description, dataclass) of each group of flags: one for each class that defines settings."""
     hints = get_type_hints(kind, include_extras=True)
     fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
-    owner = {name: _owner(kind, name) for name in fields}
+    owner = {name: _defining_class(kind, name) for name in fields}
     # A class that gives a setting another default may also give it another text.
-    texts = {name: text for each in reversed(kind.__mro__) for name, text in _texts(each).items()}
+    texts = {name: text for each in reversed(kind.__mro__) for name, text in _field_docstrings(each).items()}
     groups = []
     for each in kind.__mro__:
         own = [field for name, field in fields.items() if owner[name] is each]
@@ -99,11 +99,11 @@ def _groups(kind: type, defaults: dict[str, Any]) -> list[tuple[str, str, type]]
         raise ValueError(f"{kind.__name__}: {', '.join(sorted(clash))} are flags of every recipe; name the "
                          "setting otherwise")  # fmt: skip
     hints = get_type_hints(CommandLine, include_extras=True)
-    ours = _group(CommandLine, dataclasses.fields(CommandLine), hints, {}, _texts(CommandLine))
+    ours = _group(CommandLine, dataclasses.fields(CommandLine), hints, {}, _field_docstrings(CommandLine))
     return [*groups, ("command line", *ours)]
 
 
-def _owner(kind: type, name: str) -> type:
+def _defining_class(kind: type, name: str) -> type:
     """The class that a reader finds the setting in: the most general one that has it."""
     return next(each for each in reversed(kind.__mro__) if name in inspect.get_annotations(each))
 
@@ -127,7 +127,7 @@ def _group(
         if field.name in texts:
             hint = Annotated[hint, tyro.conf.arg(help=texts[field.name])]
         entries.append((field.name, hint, default))
-    return _about(each), dataclasses.make_dataclass(each.__name__, entries, kw_only=True)
+    return _description(each), dataclasses.make_dataclass(each.__name__, entries, kw_only=True)
 
 
 def _title(each: type, kind: type) -> str:
@@ -138,13 +138,13 @@ def _title(each: type, kind: type) -> str:
     return name if name.isupper() else name.lower()
 
 
-def _about(each: type) -> str:
+def _description(each: type) -> str:
     """The first paragraph of a class's docstring; nothing where a dataclass made its own."""
     text = inspect.cleandoc(each.__doc__ or "")
     return "" if text.startswith(f"{each.__name__}(") else " ".join(text.split("\n\n")[0].split())
 
 
-def _texts(each: type) -> dict[str, str]:
+def _field_docstrings(each: type) -> dict[str, str]:
     """The docstring below each field of a class; {} where its source is not at hand."""
     try:
         body = ast.parse(textwrap.dedent(inspect.getsource(each))).body[0].body  # type: ignore[attr-defined]

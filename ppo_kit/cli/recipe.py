@@ -21,7 +21,7 @@ def run_recipe(main: Callable[[Any], int], arguments: Sequence[str] | None = Non
 
     Flags override ``--config``, which overrides ``--preset``, which overrides the run that ``--resume --out``
     continues, which overrides the defaults (docs/cli.md). Exit status: what ``main`` returns; 2 after a
-    mistake of the user, told in one line (``--debug``: with its traceback); 130 after Ctrl-C.
+    mistake of the user, reported in one line (``--debug``: with its traceback); 130 after Ctrl-C.
 
     Raises:
         TypeError: the annotation of ``main`` is no dataclass.

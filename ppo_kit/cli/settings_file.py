@@ -61,7 +61,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def fit(value: Any, hint: Any) -> Any:
-    """``value``, read from YAML or JSON, as the type ``hint`` says. Raises ``TypeError`` where it is none.
+    """``value``, read from YAML or JSON, as the type ``hint``. Raises ``TypeError`` where it is none.
 
     >>> fit("5e-7", float), fit([1, 2], tuple[int, ...]), fit(None, Path | None)
     (5e-07, (1, 2), None)

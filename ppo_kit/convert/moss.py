@@ -64,7 +64,7 @@ _TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class Recovered:
-    """What :func:`recover` wrote: ``total``, the sum of all elements, and what there is to say of it."""
+    """What :func:`recover` wrote: ``total``, the sum of all elements, and statements for the user."""
 
     total: float
     statements: tuple[str, ...]

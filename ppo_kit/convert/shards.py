@@ -45,7 +45,7 @@ class ShardReader:
             # Opened for each tensor: an open file keeps the pages of all tensors read so far.
             with safe_open(path, framework="pt") as file:
                 return file.get_tensor(name)
-        return self._bin(path)[name]
+        return self._load_bin(path)[name]
 
     def _files(self) -> dict[str, Path]:
         for stem in ("model.safetensors", "pytorch_model.bin"):
@@ -60,10 +60,10 @@ class ShardReader:
                 with safe_open(path, framework="pt") as file:
                     return dict.fromkeys(file.keys(), path)
             if path.is_file():
-                return dict.fromkeys(self._bin(path), path)
+                return dict.fromkeys(self._load_bin(path), path)
         raise ValueError(f"{self.folder}: no model.safetensors or pytorch_model.bin, nor an index of either")
 
-    def _bin(self, path: Path) -> dict[str, Tensor]:
+    def _load_bin(self, path: Path) -> dict[str, Tensor]:
         if self._open is None or self._open[0] != path:
             self._open = None  # not two at a time
             # Files of before torch 1.6 are no zip archives and cannot be mapped.

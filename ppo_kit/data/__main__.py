@@ -11,7 +11,7 @@ def main(arguments: list[str] | None = None) -> int:
     status = "Exit status: 0; 1 where rows are bad; 2 where the file cannot be read."
     parser = argparse.ArgumentParser(prog="python -m ppo_kit.data", epilog=status)
     commands = parser.add_subparsers(dest="command", required=True)
-    check = commands.add_parser("check", help="say what a file of dialogues holds")
+    check = commands.add_parser("check", help="list what a file of dialogues holds")
     check.add_argument("file", help=".jsonl, .json, either with .gz, or .parquet")
     check.add_argument("--tokenizer", help="folder or Hub id; lengths are then in tokens, not in characters")
     chosen = parser.parse_args(arguments)

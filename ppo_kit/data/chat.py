@@ -73,11 +73,11 @@ class Chat:
     def left_out(self, messages: Dialogue) -> str | None:
         """The role of a turn that the template does not write, or None where it writes them all.
 
-        It is asked with other texts of the same roles: a short text may stand in the rendering by chance.
+        Placeholder texts of the same roles are rendered: a short text may occur in the rendering by chance.
         """
         roles = tuple(message["role"] for message in messages)
         if roles not in self._left_out:
-            turns = _stand_ins(messages)
+            turns = _placeholders(messages)
             text = render(self.tokenizer, turns, add_generation_prompt=True)
             lost = [turn["role"] for turn in turns if turn["content"] not in text]
             self._left_out[roles] = lost[0] if lost else None
@@ -102,7 +102,7 @@ class Chat:
                 "the chat template begins an answer otherwise than it prompts for one",
                 f"prompt {prompt.text[at : at + 30]!r}, dialogue {whole[at : at + 30]!r}",
             )
-        behind = self._written_behind(messages)
+        behind = self._text_after_answer(messages)
         body = whole.removesuffix(behind)
         notes = []
         said = answer
@@ -137,11 +137,11 @@ class Chat:
         if marker := self.markers.find(text, answer=answer):
             raise BadRow("text holds a special token", repr(marker))
 
-    def _written_behind(self, messages: Dialogue) -> str:
+    def _text_after_answer(self, messages: Dialogue) -> str:
         """What the template writes behind the text of an answer to ``messages``."""
         roles = tuple(message["role"] for message in messages)
         if roles not in self._behind:
-            turns = _stand_ins([*messages, {"role": "assistant", "content": ""}])
+            turns = _placeholders([*messages, {"role": "assistant", "content": ""}])
             _, text, behind = render(self.tokenizer, turns).rpartition(turns[-1]["content"])
             if not text:
                 raise BadRow("the chat template leaves out the assistant turn")
@@ -152,7 +152,7 @@ class Chat:
         return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
-def _stand_ins(messages: Dialogue) -> Dialogue:
+def _placeholders(messages: Dialogue) -> Dialogue:
     """The same turns with texts that stand in no template."""
     return [
         {"role": message["role"], "content": f"TEXT-{index}-OF-TURN"}

@@ -62,24 +62,24 @@ class Contents:
         lines.append(f"prompts     {self.prompts:,} different ones")
         lines.append(f"duplicates  {len(self.duplicates):,}")
         lines += [f"  line {line} repeats line {first}" for line, first in self.duplicates[:SHOWN]]
-        lines += _more(len(self.duplicates))
+        lines += _unlisted(len(self.duplicates))
         reasons = ", ".join(
             f"{n:,} {why}" for why, n in Counter(bad.reason for bad in self.bad).most_common()
         )
         lines.append(f"bad rows    {len(self.bad):,}" + (f": {reasons}" if reasons else ""))
         lines += [f"  {bad}" for bad in self.bad[:SHOWN]]
-        lines += _more(len(self.bad))
+        lines += _unlisted(len(self.bad))
         return "\n".join(
             lines + [f"noted       {count:,} {note}" for note, count in self.notes.most_common()]
         )
 
 
-def _more(count: int) -> list[str]:
+def _unlisted(count: int) -> list[str]:
     return [f"  and {count - SHOWN:,} more"] if count > SHOWN else []
 
 
 def check_file(source: Source, tokenizer: PreTrainedTokenizerBase | None = None) -> Contents:
-    """Read a file (or rows) once and say what it holds; lengths are in tokens, else in characters.
+    """Read a file (or rows) once and count what it holds; lengths are in tokens, else in characters.
 
     Memory grows by the row's hashes, its line and its lengths (under 300 bytes per row), not by its text.
 
@@ -120,7 +120,7 @@ def _use(row: Any, encoder: Encoder | None, contents: Contents) -> list[Any]:
     """
     dialogue: list[Any] = [prompt_of(row)]
     has_chosen = isinstance(row, dict) and row.get("chosen") is not None
-    barred = _barred(row)
+    barred = _column_error(row)
     if isinstance(row, dict):
         row = {key: value for key, value in row.items() if key in DIALOGUE_KEYS}
     measured = encoder.prompt(row) if encoder else "".join(turn["content"] for turn in dialogue[0])
@@ -145,7 +145,7 @@ def _use(row: Any, encoder: Encoder | None, contents: Contents) -> list[Any]:
     return dialogue
 
 
-def _barred(row: Any) -> BadRow | None:
+def _column_error(row: Any) -> BadRow | None:
     """Why the row's own columns keep it from being a prompt; it may be a dialogue or a pair still."""
     try:
         columns_of(row)

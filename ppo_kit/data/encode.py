@@ -50,13 +50,13 @@ class Encoder:
     def prompt(self, row: Any) -> Prompt:
         """The row's prompt, of at most ``max_tokens``, with the columns that are the row's own."""
         columns = columns_of(row)
-        prompt, _, kept = self._fitted("prompt", row, prompt_of(row), [])
+        prompt, _, kept = self._cut_to_fit("prompt", row, prompt_of(row), [])
         return Prompt(prompt, kept, columns)
 
     def pair(self, row: Any) -> Pair:
         """The row's prompt and two answers."""
         messages, *answers = pair_of(row)
-        prompt, (chosen, rejected), kept = self._fitted("pair", row, messages, answers)
+        prompt, (chosen, rejected), kept = self._cut_to_fit("pair", row, messages, answers)
         if chosen == rejected:
             raise BadRow("chosen and rejected are equal", "once they are token ids")
         return Pair(prompt, chosen, rejected, kept)
@@ -64,21 +64,21 @@ class Encoder:
     def answered(self, row: Any) -> Answered:
         """The row's prompt and answer (``chosen`` where there are two)."""
         messages, answer = answer_of(row)
-        prompt, (answer_ids,), kept = self._fitted("dialogue", row, messages, [answer])
+        prompt, (answer_ids,), kept = self._cut_to_fit("dialogue", row, messages, [answer])
         return Answered(prompt, answer_ids, kept)
 
-    def _fitted(
+    def _cut_to_fit(
         self, what: str, row: Any, messages: Dialogue, answers: list[str]
     ) -> tuple[list[int], list[list[int]], Dialogue]:
         """Ids of prompt and answers, of at most ``max_tokens``, and the turns that are left in the prompt."""
         kept = messages
-        prompt, said = self._written(kept, answers)
+        prompt, said = self._render(kept, answers)
         while self.too_long == "cut" and _length(prompt, said) > self.max_tokens:
             shorter = _without_oldest(kept)
             if not shorter:
                 break
             kept = shorter
-            prompt, said = self._written(kept, answers)
+            prompt, said = self._render(kept, answers)
         if (length := _length(prompt, said)) > self.max_tokens:
             raise BadRow(f"{what} longer than {self.max_tokens} tokens", f"{length} tokens")
         notes = [note for written in (prompt, *said) for note in written.notes]
@@ -90,7 +90,7 @@ class Encoder:
         self.report.notes.update(dict.fromkeys(notes, 1))
         return prompt.ids, [answer.ids for answer in said], kept
 
-    def _written(self, messages: Dialogue, answers: list[str]) -> tuple[Written, list[Written]]:
+    def _render(self, messages: Dialogue, answers: list[str]) -> tuple[Written, list[Written]]:
         prompt = self.chat.prompt(messages)
         return prompt, [self.chat.answer(messages, prompt, answer) for answer in answers]
 

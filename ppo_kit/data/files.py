@@ -88,13 +88,13 @@ def _json(handle: Bytes, path: Path) -> Iterator[tuple[int, Any]]:
     handle.seek(0)
     if first.lstrip().startswith(b"["):
         yield from _Window(handle, path).list_items()
-    elif _goes_on(first):
+    elif _continues_on_next_line(first):
         yield from _Window(handle, path).values()
     else:
         yield from _lines(handle)
 
 
-def _goes_on(line: bytes) -> bool:
+def _continues_on_next_line(line: bytes) -> bool:
     """Whether a JSON value starts in the line and ends in a later one."""
     try:
         json.loads(line)
@@ -157,7 +157,7 @@ class _Window:
         return row
 
     def next_mark(self) -> str:
-        """Go to the next character that is no space, and say which it is; "" at the end."""
+        """Go to the next character that is no space, and return it; "" at the end."""
         while True:
             self.at += len(_SPACE.match(self.text, self.at)[0])  # type: ignore[index]
             if self.at < len(self.text) or not self.more():

@@ -26,7 +26,7 @@ TAKEN = frozenset({*SCHEMA, "gold_score"})
 
 
 class Message(TypedDict):
-    """One turn. A ``system`` turn comes first, if at all; what else to accept is the template's to say."""
+    """One turn. A ``system`` turn comes first, if at all; the template decides what else is accepted."""
 
     role: Literal["system", "user", "assistant"]
     content: str
@@ -40,7 +40,7 @@ _HH_TURN = re.compile(r"\n\n(Human|Assistant):(?=\s|$)")
 
 
 def row_format(row: Any) -> Format:
-    """The name of the row's format, or a :class:`BadRow` that says what was found and what is known.
+    """The name of the row's format, or a :class:`BadRow` that names what was found and the known formats.
 
     >>> row_format({"chosen": "\\n\\nHuman: Hi\\n\\nAssistant: Hello", "rejected": "..."})
     'hh'

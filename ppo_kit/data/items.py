@@ -77,7 +77,7 @@ Kind = TypeVar("Kind", bound="Rows[Any]")
 class Rows(Sequence[Item]):
     """Encoded rows in memory, in the file's order; a slice is of the same class.
 
-    ``report`` says what was skipped while loading.
+    ``report`` counts what was skipped while loading.
 
     >>> rows = Rows([Prompt([1, 5], []), Prompt([1, 6], []), Prompt([1, 7], [])])
     >>> rows[1], len(rows[:2]), list(rows.take([2, 0]))

@@ -120,7 +120,7 @@ def added_marks(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """The added tokens that can mark something, by their text: not spaces, and no words but special ones.
 
     Tokenizers hold added tokens of spaces (Gemma, Phi) and of words that somebody added. The ``special`` flag
-    alone does not tell: DeepSeek's marks of user and assistant do not have it.
+    alone is not enough: DeepSeek's marks of user and assistant do not have it.
     """
     return {
         token.content: int(index)

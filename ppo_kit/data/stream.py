@@ -31,7 +31,7 @@ class Stream(Iterator[Item], Generic[Item]):
             shares differ by one row at most.
 
     Raises:
-        BadRow: the report says stop.
+        BadRow: the report stops at bad rows.
         ValueError: a whole epoch has no usable row for this rank.
 
     >>> stream = Stream(["a", "b", "c"], str.upper)

@@ -47,5 +47,5 @@ def examine(subject: Subject, checks: Mapping[str, Check] = CHECKS) -> Iterator[
             if text in errors:
                 continue
             errors.add(text)
-            level, found, fix = "fail", text, "the message says what is needed; then run the doctor again"
+            level, found, fix = "fail", text, "do what the message asks for, then run the doctor again"
         yield Finding(name, level, found, fix, round(time.perf_counter() - started, 2))

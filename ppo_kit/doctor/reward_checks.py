@@ -23,7 +23,7 @@ def reward_tokenizer(subject: Subject) -> tuple[Level, str, str]:
     if not subject.reward_models:
         return "pass", "left out: no reward is a model", ""
     components = subject.scorers
-    again = {name: _why_again(subject, name) for name in subject.reward_models
+    again = {name: _why_encoded_again(subject, name) for name in subject.reward_models
              if isinstance(components[name], RetokenizedReward)}  # fmt: skip
     if again:
         critic = "; the critic then starts from the policy, not from the reward model"
@@ -36,7 +36,7 @@ def reward_tokenizer(subject: Subject) -> tuple[Level, str, str]:
     return "pass", f"the policy's, {len(subject.tokenizer)} tokens", ""
 
 
-def _why_again(subject: Subject, name: str) -> str:
+def _why_encoded_again(subject: Subject, name: str) -> str:
     place, theirs = subject.reward_models[name], subject.reward_tokenizers[name]
     try:
         check_same_vocabulary(subject.tokenizer, theirs, names=(subject.settings.policy, place))
@@ -49,7 +49,7 @@ def _why_again(subject: Subject, name: str) -> str:
 
 @torch.no_grad()
 def rewards(subject: Subject) -> tuple[Level, str, str]:
-    """Each one can be computed, has a trained head if it is a model, and tells responses apart."""
+    """Check that each can be computed, scores responses differently and has a trained head (of a model)."""
     findings = [_reward(name, module, subject.batch) for name, module in _components(subject).items()]
     worst = max(findings, key=lambda finding: LEVELS.index(finding[0]))
     return worst[0], "; ".join(found for _, found, _ in findings), worst[2]

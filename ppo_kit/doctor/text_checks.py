@@ -52,7 +52,7 @@ def chat_template(subject: Subject) -> tuple[Level, str, str]:
     if bare == opened:
         return (
             "warn",
-            "add_generation_prompt changes nothing: the model is not told that its turn begins",
+            "add_generation_prompt changes nothing: nothing marks the start of the model's turn",
             "end the template with {% if add_generation_prompt %} and the header of the assistant's turn",
         )
     return "pass", f"marks the answer's start with {tokenizer.decode(opened[len(bare) :])!r}", ""

@@ -30,9 +30,9 @@ class LocalEngine(Engine):
             "--offload": settings.offload != "none",
             "--deepspeed-config": settings.deepspeed_config is not None,
         }
-        asked = [flag for flag, is_set in needs_deepspeed.items() if is_set]
-        if asked:
-            raise ValueError(f"{', '.join(asked)}: needs --engine deepspeed, and the engine is local")
+        given = [flag for flag, is_set in needs_deepspeed.items() if is_set]
+        if given:
+            raise ValueError(f"{', '.join(given)}: needs --engine deepspeed, and the engine is local")
         super().__init__(settings, device_of(settings))
 
     def place(self, *modules: nn.Module) -> None:

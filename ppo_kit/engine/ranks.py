@@ -3,7 +3,7 @@
 A process on its own is one rank, and nothing here then costs time.
 
 Ranks are those of ``torch.distributed``, which ``ppo_kit.engine.start_engine`` sets up. Every function here
-that asks other ranks has to be called by all of them, in the same order.
+that communicates with other ranks has to be called by all of them, in the same order.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ def barrier() -> None:
 def first_on_node() -> Iterator[bool]:
     """The first rank of each machine runs the body, then the others; yields whether this is such a first one.
 
-    For what is made once and then read. Inside the body each rank is alone: what it calls asks no other.
+    For what is made once and then read. Inside the body each rank runs alone: functions of this module
+    communicate with no other rank.
     """
     global _alone
     if world_size() == 1:

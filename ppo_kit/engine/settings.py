@@ -1,4 +1,4 @@
-"""The flags that say how a step is run: on what, by which engine, with what traded for memory.
+"""Settings of the engine: the device, plain torch or DeepSpeed, and what saves memory.
 
 torch is imported where it is used: ``--help`` does without.
 """
@@ -39,7 +39,7 @@ class EngineSettings:
     """Compile training forwards with torch.compile; the local engine alone."""
     zero_stage: Literal[0, 1, 2, 3] | None = None
     """What DeepSpeed shards over ranks: 0 nothing, 1 optimizer states, 2 gradients too, 3 weights too, of
-    reference and reward model as well. Default 2, or what --deepspeed-config says."""
+    reference and reward model as well. Default 2, or the stage in --deepspeed-config."""
     offload: Literal["none", "optimizer", "parameters"] = "none"
     """Keep optimizer states in the host's memory, or weights too (stage 3)."""
     deepspeed_config: Path | None = None

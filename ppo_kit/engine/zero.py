@@ -31,7 +31,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class DeepSpeedEngine(Engine):
-    """DeepSpeed, in as many processes as were started; see ``EngineSettings`` for what it is told."""
+    """DeepSpeed, in as many processes as were started; see ``EngineSettings`` for its settings."""
 
     name = "deepspeed"
 
@@ -57,7 +57,7 @@ class DeepSpeedEngine(Engine):
             return
         from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-        # transformers holds a weak reference to it: keep it alive.
+        # transformers holds only a weak reference to it: keep a strong one.
         held = HfDeepSpeedConfig(self.config)
         try:
             yield

@@ -25,7 +25,7 @@ def zero_config(settings: EngineSettings) -> dict[str, Any]:
     """What ``deepspeed.initialize`` takes, but for clipping.
 
     Raises:
-        ValueError: the JSON decides what the run does, or says something else than a flag; settings exclude
+        ValueError: the JSON decides what the run does, or contradicts a flag; settings exclude
             each other. OSError: it cannot be read.
     """
     config = _read(settings)

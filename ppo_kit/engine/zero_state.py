@@ -1,6 +1,7 @@
 """Whole weights out of, and into, what ZeRO has sharded, through DeepSpeed's documented functions.
 
-Every rank takes part; rank 0 holds the result. So a checkpoint does not know how many ranks wrote it.
+Every rank takes part; rank 0 holds the result. So a checkpoint does not depend on the number of ranks that
+wrote it.
 """
 
 from __future__ import annotations

@@ -224,7 +224,7 @@ def _has_exact_products(x: Tensor) -> bool:
     if x.dtype != torch.float64:
         try:
             exact = torch.get_float32_matmul_precision() == "highest"
-        except RuntimeError:  # torch.backends was told another precision
+        except RuntimeError:  # another precision was set through torch.backends
             return False
         if not exact or torch.is_autocast_enabled("cpu"):
             return False

@@ -19,7 +19,7 @@ def token_mean(loss: Tensor, mask: Tensor, *, num_tokens: float | Tensor | None 
     """Σ over valid tokens / num_tokens: each token weighs the same, long responses more.
 
     PPO's default: every token counts the same, so a long response counts more than a short one. Where that
-    makes responses grow longer, or shorter, than the reward asks for, see ``sequence_mean`` and
+    changes response lengths in a way that the reward does not explain, see ``sequence_mean`` and
     ``constant_mean``.
 
     The loss of MOSS-RLHF, TRL's PPO and DAPO (Yu et al. 2025, arXiv 2503.14476, (12)); the first two divide
@@ -108,6 +108,6 @@ def _check(loss: Tensor, mask: Tensor) -> None:
 def _denominator(name: str, given: float | Tensor | None, counted: Tensor) -> float | Tensor:
     if given is None:
         return counted.sum().clamp(min=1)
-    if not isinstance(given, Tensor):  # the value of a tensor is the device's to know
+    if not isinstance(given, Tensor):  # reading a tensor's value would wait for the device
         in_range(name, given, above=True)
     return given

@@ -28,11 +28,11 @@ def leave_one_out(score: Tensor, group_id: Tensor, *, mask: Tensor | None = None
     """A_i = s_i - mean of the other scores of its group (RLOO).
 
     Subtracting a number that does not depend on the response itself leaves the policy gradient unbiased and
-    takes noise out of it. The other responses to the same prompt say how hard the prompt is, so no critic is
+    takes noise out of it. The scores of the other responses show how hard the prompt is, so no critic is
     needed. Use it where sampling a few responses per prompt (2 to 8) is cheaper than training a critic.
 
     Ahmadian et al. 2024 (arXiv 2402.14740); Kool et al. 2019. In a group of one there is no other and
-    the baseline is 0: A = s, still unbiased. TRL asks for equal groups laid out in order; here any ids do.
+    the baseline is 0: A = s, still unbiased. TRL needs equal groups laid out in order; here any ids do.
 
     Args:
         score: [B], units of reward. group_id: [B] int64, which prompt a response answers.

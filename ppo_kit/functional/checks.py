@@ -1,6 +1,6 @@
 """Argument checks of the functional layer: each error names the argument, what it got and what it needs.
 
-Only what the host already knows (shape, dtype, Python numbers) is checked, so a check never waits for the
+Only what is already on the host (shape, dtype, Python numbers) is checked, so a check never waits for the
 GPU. The one exception is a λ per token, which ``gae`` looks into.
 """
 

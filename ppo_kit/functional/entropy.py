@@ -16,9 +16,9 @@ from ppo_kit.functional.policy import importance_sampling
 def entropy_loss(entropy: Tensor, *, target: float | None = None) -> Tensor:
     """-H_t, or |H_t - target| to hold the entropy near ``target``.
 
-    A policy that gets certain early stops trying other tokens, and cannot find better ones. The bonus pays it
-    to keep several tokens likely. Use it with a small weight (0.01) where ``entropy`` falls towards 0; with a
-    large one the text gets random. With ``target`` the push ends at the level you choose.
+    A policy that gets certain early stops trying other tokens, and cannot find better ones. The bonus
+    rewards keeping several tokens likely. Use it with a small weight (0.01) where ``entropy`` falls towards
+    0; with a large one the text gets random. With ``target`` the bonus stops at the level you choose.
 
     Williams & Peng 1991; report, Figure 5 (entropy bonus) and Figure 16 (its clipped region |H - δ|). Both
     are taken per token, so that the loss does not depend on how a minibatch is split. A target above log V
@@ -48,8 +48,8 @@ def entropy_loss(entropy: Tensor, *, target: float | None = None) -> Tensor:
 def token_covariance(log_probs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
     """(log π(y_t) - mean log π)·(A_t - mean A), means over all valid tokens: how y_t moves the entropy.
 
-    A policy-gradient step changes the entropy by about minus the mean of this number, so it says which tokens
-    drive the entropy down. Use it to measure that, or to choose tokens as ``kl_cov`` does.
+    A policy-gradient step changes the entropy by about minus the mean of this number, so it shows which
+    tokens drive the entropy down. Use it to measure that, or to choose tokens as ``kl_cov`` does.
 
     Cui et al. 2025 (arXiv 2505.22617), the token-wise covariance of Clip-Cov and KL-Cov. A likely token with
     a high advantage lowers the entropy. A constant: no gradient flows. verl subtracts the same means.
@@ -110,7 +110,7 @@ def kl_cov(
     check_floats(log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages)
     covariance = token_covariance(log_probs, advantages, mask)
     log_probs, old_log_probs = zero_masked(log_probs, mask), zero_masked(old_log_probs.detach(), mask)
-    # Ranks from two sorts: taking the k largest would have to wait for the device to know k.
+    # Ranks from two sorts: taking the k largest would wait for the device to compute k.
     order = covariance.masked_fill(~mask, -torch.inf).flatten().argsort(descending=True, stable=True)
     rank = order.argsort().view_as(mask)
     selected = mask & (rank < (fraction * mask.sum()).floor().clamp(min=1))

@@ -35,7 +35,7 @@ def kl_estimate(
 ) -> Tensor:
     """Per-token estimate of KL(π, π_ref) for sampled tokens.
 
-    The KL says how far the policy has moved from the reference. Its exact value needs both models' whole
+    The KL measures how far the policy has moved from the reference. Its exact value needs both models' whole
     distributions at every token; an estimate needs only the two log-probabilities of the sampled token, which
     a rollout has anyway. Use k1 as a penalty in the reward, k2 or k3_weighted as a loss.
 
@@ -43,8 +43,8 @@ def kl_estimate(
 
     k1 to k3: J. Schulman, "Approximating KL divergence" (2020); all but k1 are never negative. k1 is the
     penalty of the report's (19), of MOSS-RLHF and of TRL's PPO; k3 is the loss term of GRPO; k3_weighted,
-    whose gradient flows through ρ as well, is DeepSeek-V3.2's (arXiv 2512.02556). The module's docstring says
-    which is unbiased for what.
+    whose gradient flows through ρ as well, is DeepSeek-V3.2's (arXiv 2512.02556). The module's docstring
+    lists what each is an unbiased estimate of.
 
     A number above e^88 does not fit float32: k3 is infinite and its gradient not finite for d below -88 (k2
     for |d| above 1e19, k3_weighted for log ρ above 88), which a run reports as a fault. ``cap`` prevents it:

@@ -41,7 +41,7 @@ def policy_gradient(log_probs: Tensor, advantages: Tensor) -> Tensor:
     """
     check_floats(log_probs=log_probs, advantages=advantages)
     log_probs, advantages = at_least_float32(log_probs), at_least_float32(advantages.detach())
-    return _times(-advantages, log_probs)
+    return _zero_safe_product(-advantages, log_probs)
 
 
 def importance_sampling(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor) -> Tensor:
@@ -172,7 +172,7 @@ def cispo(
     check_clip(clip_low, clip_high)
     ratio = log_ratio_of(log_probs, old_log_probs).detach().exp()
     weight = -ratio.clamp(1 - clip_low, 1 + clip_high) * at_least_float32(advantages.detach())
-    return _times(torch.where(advantages == 0, 0.0, weight), at_least_float32(log_probs))
+    return _zero_safe_product(torch.where(advantages == 0, 0.0, weight), at_least_float32(log_probs))
 
 
 def truncated_importance_weights(
@@ -226,10 +226,10 @@ def surrogate(log_ratio: Tensor, ratio: Tensor, advantages: Tensor, *, counts: T
     """
     counts = counts & (advantages != 0)
     moving = torch.exp(torch.where(counts, log_ratio, 0.0))
-    return _times(-advantages, torch.where(counts, moving, ratio))
+    return _zero_safe_product(-advantages, torch.where(counts, moving, ratio))
 
 
-def _times(weight: Tensor, x: Tensor) -> Tensor:
+def _zero_safe_product(weight: Tensor, x: Tensor) -> Tensor:
     """weight·x, 0 with a gradient of 0 where the weight is 0, however large x is; NaN stays NaN."""
     return weight * torch.where((weight != 0) | x.isnan(), x, 0.0)
 

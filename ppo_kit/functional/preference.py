@@ -48,8 +48,8 @@ def reward_model_loss(
     """pairwise_loss - lm_weight·(mean over the preferred answer's tokens of log r'(y_t)).
 
     The language-model term keeps the backbone a language model of good answers while it learns to rank, so
-    that what it knows of text is not lost to a few thousand comparisons. It costs the preferred answers'
-    logits.
+    that training on a few thousand comparisons does not destroy its language ability. It has to compute the
+    preferred answers' logits.
 
     Report (2), where lm_weight is β_rm (1 in the report) and r' the language-model head of the reward model.
     The equation has the log-probability of the whole answer; the mean over its tokens is what MOSS-RLHF's

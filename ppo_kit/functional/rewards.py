@@ -12,8 +12,8 @@ from ppo_kit.functional.masked import last_valid, zero_masked
 def place_score(score: Tensor, mask: Tensor) -> Tensor:
     """r_t = score where t is the last valid token, 0 elsewhere; an empty response gets nothing.
 
-    A reward model judges a whole response, and PPO pays tokens. The last token is the first at which the
-    response is complete; GAE spreads the credit from there.
+    A reward model scores a whole response, and PPO needs a reward per token. The last token is the first at
+    which the response is complete; GAE spreads the credit from there.
 
     With holes in the mask (tokens that are no actions) it is the last action.
 
@@ -66,8 +66,8 @@ def length_penalty(mask: Tensor, *, per_token: float, free: int = 0) -> Tensor:
 def overlong_penalty(mask: Tensor, *, max_length: int, buffer: int) -> Tensor:
     """0 up to max_length - buffer tokens, then a straight line down to -1 at max_length, and -1 beyond.
 
-    A response cut by the limit has lost its answer, and punishing it suddenly says nothing about where it
-    went wrong. The ramp makes the price grow over the last tokens before the limit. Use it where truncated
+    A response cut by the limit has lost its answer, and a sudden penalty gives no hint of where it went
+    wrong. The ramp makes the penalty grow over the last tokens before the limit. Use it where truncated
     responses are frequent.
 
     Yu et al. 2025 (arXiv 2503.14476, DAPO), (13): add it to the score. TRL has it as the reward

@@ -64,7 +64,7 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, c
     old_values, returns = old_values.detach(), returns.detach()
     error = values - returns
     clipped = torch.clamp(values, old_values - clip, old_values + clip) - returns
-    # Chosen before it is squared: two squares that overflow would tell nothing.
+    # Chosen before it is squared: two squares that both overflow could not be compared.
     return torch.where(clipped.abs() <= error.abs(), error, clipped).square() / 2
 
 

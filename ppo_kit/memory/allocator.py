@@ -20,7 +20,7 @@ def allocator_advice(estimate: MemoryEstimate) -> str | None:
     glibc's, and where the variable is set.
     """
     available = estimate.available
-    if available is None or "program" not in estimate.items or not _glibc_decides():
+    if available is None or "program" not in estimate.items or not _uses_default_glibc_allocator():
         return None
     if not estimate.total <= available < estimate.total * (1 + KEPT):
         return None
@@ -31,8 +31,8 @@ def allocator_advice(estimate: MemoryEstimate) -> str | None:
     )
 
 
-def _glibc_decides() -> bool:
-    """Whether glibc's allocator is in use and nobody has told it how much to keep."""
+def _uses_default_glibc_allocator() -> bool:
+    """Whether glibc's allocator is in use with its default settings."""
     set_by_user = VARIABLE in os.environ or "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", "")
     other = "malloc" in os.environ.get("LD_PRELOAD", "")  # jemalloc, tcmalloc
     return sys.platform == "linux" and platform.libc_ver()[0] == "glibc" and not set_by_user and not other

@@ -1,4 +1,4 @@
-"""What a PPO run will need of memory, from the models' configs alone: no weight is loaded or made.
+"""Estimate the memory of a PPO run from the models' configs alone: no weight is loaded or made.
 
     python -m ppo_kit.memory --policy HuggingFaceTB/SmolLM2-135M-Instruct --lora-rank 16
     python -m ppo_kit.memory --policy LLAMA-7B --ranks 8 --zero-stage 3 --bf16 --device cuda
@@ -34,7 +34,7 @@ SECONDS = 60.0
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes by what needs them. ``available`` is what the machine has left; None where it does not say."""
+    """Bytes by what needs them. ``available`` is free memory of the machine; None where it is not known."""
 
     items: dict[str, tuple[int, str]]
     """Name -> (bytes, why they are what they are)."""
@@ -81,7 +81,7 @@ def estimate_memory(
     policy 14.0 GiB, reference 0 (adapter off), total 14.0 GiB of 80.0 GiB available
     """
     sharding = sharding or Sharding()
-    work = (work or Workload()).on_each_of(sharding.ranks)
+    work = (work or Workload()).per_rank(sharding.ranks)
     gpu = torch.cuda.is_available() if device is None else device.startswith("cuda")
     program = _resident() + FIRST_USE
     zero = sharding.zero_stage > 0

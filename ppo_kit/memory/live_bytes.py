@@ -1,4 +1,4 @@
-"""The bytes of tensors alive, counted as operations make them; works on tensors without data as well."""
+"""Count the bytes of live tensors as operations create them; works on tensors without data as well."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class LiveBytes(TorchDispatchMode):
             size = self._seen[storage] = storage.nbytes()
             self.live += size
             self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._free, size)
+            weakref.finalize(storage, self._on_free, size)
 
-    def _free(self, size: int) -> None:
+    def _on_free(self, size: int) -> None:
         self.live -= size

@@ -1,4 +1,4 @@
-"""What the memory estimate needs to know of a run."""
+"""The sizes of a run that its memory depends on."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Workload:
     frozen_bf16: bool = False
     dtype: torch.dtype = field(default_factory=_float32)
 
-    def on_each_of(self, ranks: int) -> Workload:
-        """What a rank does of it."""
+    def per_rank(self, ranks: int) -> Workload:
+        """The share of one rank."""
         rows = {name: -(-getattr(self, name) // ranks) for name in ("rollout_size", "minibatch_size")}
         return replace(self, **rows)

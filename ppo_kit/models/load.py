@@ -121,7 +121,7 @@ def _scalar(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, bool]:
     _check_whole(name, set(info["missing_keys"]) - new)
     unread = {key for key in info["unexpected_keys"] if not key.startswith("lm_head.")}
     if unread:
-        logger.warning("%s: holds weights that a reward model does not read: %s", name, _few(unread))
+        logger.warning("%s: holds weights that a reward model does not read: %s", name, _first_keys(unread))
     if new:
         with _whole(model.score.weight):
             nn.init.zeros_(model.score.weight)
@@ -192,12 +192,12 @@ def _check_kind(source: str, name: str, known: Any, needed: str) -> None:
 def _check_whole(name: str, missing: Iterable[str]) -> None:
     if missing := set(missing):
         raise ValueError(
-            f"{name}: its files hold no {_few(missing)}; these weights would be random. The folder is not "
-            "whole, or holds a model of another kind"
+            f"{name}: its files hold no {_first_keys(missing)}; these weights would be random. The folder is "
+            "not whole, or holds a model of another kind"
         )
 
 
-def _few(keys: Iterable[str]) -> str:
+def _first_keys(keys: Iterable[str]) -> str:
     first = sorted(keys)
     return ", ".join(first[:4]) + (f" and {len(first) - 4} more" if len(first) > 4 else "")
 

@@ -48,12 +48,12 @@ def check_policy(policy: Policy, *, name: str | None = None, tolerance: float | 
         return torch.where(found == -torch.inf, 0.0, found)  # ids without a token
 
     name, same = _comparison(policy, name, tolerance, log_probs)
-    ids, mask = _rows(policy)
+    ids, mask = _random_rows(policy)
     with mode(policy.model, training=False):
         both = _logits(policy, ids, mask)
-        first, second = (_logits(policy, *row) for row in _alone(ids))
+        first, second = (_logits(policy, *row) for row in _unpadded_rows(ids))
         same(
-            _logits(policy, _with_other_end(ids[:1]), mask[:1])[:, :-1],
+            _logits(policy, _with_other_last_token(ids[:1]), mask[:1])[:, :-1],
             first[:, :-1],
             "its log-probabilities change with later tokens: it looks ahead, as an encoder does",
         )
@@ -61,7 +61,7 @@ def check_policy(policy: Policy, *, name: str | None = None, tolerance: float | 
         read = policy.call(**_inputs(ids, mask), logits_to_keep=LENGTH - PROMPT + 1, use_cache=False).logits
         same(read, both[:, PROMPT - 1 :], "asked for its last logits alone, it gives others")
         same(
-            *_read(policy, ids, mask, log_probs(both)),
+            *_response_log_probs(policy, ids, mask, log_probs(both)),
             "its log-probabilities are not those of its logits",
             measured=True,
         )
@@ -92,15 +92,15 @@ def check_scalar(
     Args, Raises: as :func:`check_policy`; the tolerance is relative where a number is above 1.
     """
     name, same = _comparison(module, name, tolerance, lambda x: x)
-    ids, mask = _rows(module)
+    ids, mask = _random_rows(module)
 
     def scalars(ids: Tensor, mask: Tensor) -> Tensor:
         return module.call(**_inputs(ids, mask), use_cache=False)
 
     with mode(module.model, training=False):
         both = scalars(ids, mask)
-        first, second = (scalars(*row) for row in _alone(ids))
-        ahead = scalars(_with_other_end(ids[:1]), mask[:1])
+        first, second = (scalars(*row) for row in _unpadded_rows(ids))
+        ahead = scalars(_with_other_last_token(ids[:1]), mask[:1])
         same(
             ahead[:, :-1],
             first[:, :-1],
@@ -143,7 +143,9 @@ def check_positions(model: Any, needed: int, *, name: str) -> None:
     )
 
 
-def _read(policy: Policy, ids: Tensor, mask: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:
+def _response_log_probs(
+    policy: Policy, ids: Tensor, mask: Tensor, log_probs: Tensor
+) -> tuple[Tensor, Tensor]:
     """Those of the tokens after the prompt: as ``policy`` reads them, and out of all ``log_probs``."""
     prompt, response = slice(None, PROMPT), slice(PROMPT, None)
     found = policy.compute(
@@ -170,7 +172,7 @@ def _comparison(
     return name, same
 
 
-def _rows(module: ModelModule) -> tuple[Tensor, Tensor]:
+def _random_rows(module: ModelModule) -> tuple[Tensor, Tensor]:
     """ids and mask [2,L]: tokens of the vocabulary, without the pad token; row 1 is padded on the left."""
     config = module.model.config.get_text_config(decoder=True)
     valid = torch.ones(config.vocab_size, dtype=torch.bool)
@@ -187,11 +189,12 @@ def _rows(module: ModelModule) -> tuple[Tensor, Tensor]:
     return (drawn * mask).to(module.model.device), mask.to(module.model.device)
 
 
-def _alone(ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+def _unpadded_rows(ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """(ids, mask) of each row by itself, without its padding."""
     return [(row, torch.ones_like(row)) for row in (ids[:1], ids[1:, -SHORTER:])]
 
 
-def _with_other_end(ids: Tensor) -> Tensor:
+def _with_other_last_token(ids: Tensor) -> Tensor:
     """The row with another last token: one that stands in it before."""
     ids = ids.clone()
     ids[0, -1] = next((token for token in ids[0, :-1] if token != ids[0, -1]), ids[0, -1])
@@ -228,7 +231,7 @@ def _base(model: Any) -> nn.Module:
 
 
 def _shape(tensor: Tensor) -> torch.Size:
-    return getattr(tensor, "ds_shape", tensor.shape)  # DeepSpeed's shards say it elsewhere
+    return getattr(tensor, "ds_shape", tensor.shape)  # ds_shape: of a weight that DeepSpeed has sharded
 
 
 def _sharded(module: nn.Module) -> bool:

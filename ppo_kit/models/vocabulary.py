@@ -36,7 +36,7 @@ def check_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     """
     needed = vocabulary_size(tokenizer)
     for side, layer in (("input", model.get_input_embeddings()), ("output", model.get_output_embeddings())):
-        # Weights that DeepSpeed has sharded say their shape elsewhere.
+        # Weights that DeepSpeed has sharded keep their shape in ds_shape.
         rows = getattr(layer.weight, "ds_shape", layer.weight.shape)[0] if layer is not None else needed
         if rows < needed:
             raise ValueError(

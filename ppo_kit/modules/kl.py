@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class KLController(Protocol):
-    """What ``KLPenalty`` asks of a controller: the coefficient, and a way to change it."""
+    """The interface of a KL controller: a coefficient, and a method that changes it."""
 
     coef: Tensor
 
@@ -76,11 +76,11 @@ class AdaptiveKL(Float64Buffers):
     def update(self, kl: float, num: int) -> None:
         """Move β after ``num`` responses with mean KL ``kl``."""
         in_range("num", num, whole=True, owner=self)
-        error = max(-self.clip, min(self.clip, _finite(self, kl) / self.target - 1))
+        error = max(-self.clip, min(self.clip, _checked_kl(self, kl) / self.target - 1))
         factor = 1 + error * num / self.horizon
         if not factor > 0:
             raise ValueError(f"AdaptiveKL: num got {num}, needs less than 5 x horizon = {5 * self.horizon}")
-        self.coef.fill_(_possible(self, float(self.coef) * factor))
+        self.coef.fill_(_checked_coef(self, float(self.coef) * factor))
 
 
 class PIKL(Float64Buffers):
@@ -116,10 +116,10 @@ class PIKL(Float64Buffers):
     def update(self, kl: float, num: int) -> None:
         """Move β after ``num`` responses with mean KL ``kl``."""
         in_range("num", num, whole=True, owner=self)
-        error = max(-1.0, min(1.0, _finite(self, kl) / self.target - 1))
+        error = max(-1.0, min(1.0, _checked_kl(self, kl) / self.target - 1))
         power = self.gain * (error - float(self.error)) + error * num / self.horizon
         factor = math.exp(power) if power < 709 else math.inf  # e^710 does not fit a float
-        self.coef.fill_(_possible(self, float(self.coef) * factor))
+        self.coef.fill_(_checked_coef(self, float(self.coef) * factor))
         self.error.fill_(error)
 
 
@@ -161,7 +161,7 @@ class KLPenalty(BatchModule):
         **keys: Unpack[Keys],
     ) -> None:
         super().__init__(**keys)
-        _kind("KLPenalty", kind, ("k1", "k2", "k3"))
+        _check_kind("KLPenalty", kind, ("k1", "k2", "k3"))
         self.cap = None if cap is None else in_range("cap", cap, above=True, owner=self)
         is_controller = isinstance(getattr(controller, "coef", None), Tensor)
         if not is_controller or not callable(getattr(controller, "update", None)):
@@ -243,7 +243,7 @@ class KLLoss(BatchLoss):
                 "KLLoss: kind got 'k1', whose gradient does not depend on the reference; use 'k2' or "
                 "'k3_weighted', or put k1 into the reward with KLPenalty"
             )
-        _kind("KLLoss", kind, ("k2", "k3", "k3_weighted"))
+        _check_kind("KLLoss", kind, ("k2", "k3", "k3_weighted"))
         extra = ("old_log_probs",) if kind == "k3_weighted" else ()
         super().__init__(weight=weight, extra=extra, **loss)
         self.kind, self.cap = kind, None if cap is None else in_range("cap", cap, above=True, owner=self)
@@ -262,16 +262,16 @@ def _scalar(value: float) -> Tensor:
     return torch.tensor(value, dtype=torch.float64)
 
 
-def _kind(owner: str, kind: str, kinds: Sequence[str]) -> None:
+def _check_kind(owner: str, kind: str, kinds: Sequence[str]) -> None:
     if kind not in kinds:
         raise ValueError(f"{owner}: kind got {kind!r}, needs one of {list(kinds)}")
 
 
-def _finite(owner: object, kl: float) -> float:
+def _checked_kl(owner: object, kl: float) -> float:
     return in_range("kl", kl, -math.inf, owner=owner)
 
 
-def _possible(owner: object, coef: float) -> float:
+def _checked_coef(owner: object, coef: float) -> float:
     """``coef``, or a ``ValueError`` where it has left what a controller can come back from."""
     if not 0 < coef < math.inf:
         raise ValueError(

@@ -29,7 +29,7 @@ def ratio_diagnostics(
 
     The clip binds where it stops the gradient: ρ > 1 + clip_high with A > 0, or ρ < 1 − clip_low with A < 0.
     (TRL counts the same tokens; CleanRL counts every token outside the range.) A ratio beyond float32
-    (ρ > e^88) is given as 1 + clip_high, or no average over tokens would say anything of the others.
+    (ρ > e^88) is given as 1 + clip_high, since an infinite ratio would hide all others in an average.
 
     >>> binds = ratio_diagnostics(torch.tensor([0.0, 0.0]), torch.tensor([-1.0, -1.0]),
     ...                           torch.tensor([1.0, -1.0]), 0.2, 0.2)[1]

@@ -181,7 +181,7 @@ class GSPO(ClippedRatioLoss):
     """L = −min(s A, clip(s, 1 − clip_low, 1 + clip_high) A), s the geometric mean of a response's ratios.
 
     Zheng et al. 2025, Eq. 5; with an advantage per token its Eq. 13. ratio is s, clip_fraction counts tokens
-    of responses where the clip binds. Averages over sequences unless ``aggregate`` says otherwise.
+    of responses where the clip binds. By default it averages over sequences (``aggregate``).
 
     Why and when: :func:`~ppo_kit.functional.sequence_clipped_surrogate`.
 
@@ -214,8 +214,8 @@ class GSPO(ClippedRatioLoss):
 class GMPO(BatchLoss):
     """L = −A exp(mean_t of log ρ_t, each clipped to [−log_clip_low, log_clip_high] on the side that binds).
 
-    The geometric mean of the ratios, clipped per token (Zhao et al. 2025). Averages over sequences unless
-    ``aggregate`` says otherwise.
+    The geometric mean of the ratios, clipped per token (Zhao et al. 2025). By default it
+    averages over sequences (``aggregate``).
 
     Why and when: :func:`~ppo_kit.functional.gmpo`.
 

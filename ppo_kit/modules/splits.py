@@ -1,4 +1,4 @@
-"""From a rollout to optimizer steps: shuffled minibatches that know their denominators."""
+"""From a rollout to optimizer steps: shuffled minibatches that carry their denominators."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def minibatches(
 
     Every row comes exactly once per epoch, in a new order from ``generator`` each time; the last minibatch
     may be smaller. Rows are copied: nothing is written to ``batch``, and no column is trimmed.
-    ``rollout_row`` [B] says which rows of ``batch`` they are.
+    ``rollout_row`` [B] holds their row indices in ``batch``.
 
     Args:
         generator: of the device the permutation is to be drawn on; its state is all the randomness there is.

@@ -48,12 +48,12 @@ SIGNS = (
     Sign("score_spread", below=0.5, of="ratio"),
 )
 """The signs of pattern collapse in the report (section 5.2: KL, length, perplexity), and those that users of
-other projects watch. docs/collapse.md says how often they were right."""
+other projects watch. docs/collapse.md has the measured rates of right and wrong warnings."""
 
 
 @dataclass(frozen=True)
 class Alarm:
-    """What the watch says: the step, and {metric: (start, now)} of the signs that were shown."""
+    """An alarm: the step, and {metric: (start, now)} of the signs that were shown."""
 
     step: int
     signs: dict[str, tuple[float, float]]

@@ -52,7 +52,7 @@ class WeightsAndBiases:
         import wandb
 
         project = os.environ.get("WANDB_PROJECT", "ppo_kit")
-        self._run = wandb.init(project=project, name=folder.name, id=_own_id(folder), resume="allow",
+        self._run = wandb.init(project=project, name=folder.name, id=_stable_run_id(folder), resume="allow",
                                dir=str(folder / "loggers"), config=dict(settings))  # fmt: skip
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -71,7 +71,7 @@ class Trackio:
         import trackio
 
         project = os.environ.get("TRACKIO_PROJECT", "ppo_kit")
-        name = f"{folder.name}-{_own_id(folder)}"
+        name = f"{folder.name}-{_stable_run_id(folder)}"
         self._run = trackio.init(project=project, name=name, resume="allow", config=dict(settings))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -81,7 +81,7 @@ class Trackio:
         self._run.finish()
 
 
-def _own_id(folder: Path) -> str:
+def _stable_run_id(folder: Path) -> str:
     """Eight hex digits that stay those of this run when it is resumed."""
     file = folder / "loggers" / "id"
     if not file.exists():

@@ -146,7 +146,7 @@ class Averages:
         mean.
 
         Args:
-            of: the loss or ``Objective`` that returned ``out``, which says what each loss is a mean over (its
+            of: the loss or ``Objective`` that returned ``out``, which has what each loss is a mean over (its
                 ``over``). Without it every output counts as a mean over tokens.
         """
         mask = piece[present_key(piece, "loss_mask")]

@@ -1,4 +1,4 @@
-"""Profile a few steps of a recipe, and say where their time goes and what to change.
+"""Profile a few steps of a recipe, and print where their time goes and what to change.
 
     ppo-kit profile ppo_max
     ppo-kit profile mine.py --policy DIR --reward DIR --prompts FILE --measure 4 --json profile.json
@@ -69,7 +69,7 @@ def profile_recipe(file: Path, flags: Sequence[str], *, measure: int, to: Path |
     recorder = Recorder(measure)
     print(f"{file.stem}: running {recorder.needed} steps", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder, observing(recorder), closing(recorder):
-        short = _short(settings, steps=recorder.needed, out=Path(folder, "run"))
+        short = _settings_to_profile(settings, steps=recorder.needed, out=Path(folder, "run"))
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # the folder it names is removed
             run(short)
     dtype, device = settings.compute_dtype, device_of(settings)
@@ -81,12 +81,12 @@ def profile_recipe(file: Path, flags: Sequence[str], *, measure: int, to: Path |
         bf16=settings.bf16,
         bf16_is_slow=bf16_is_slow(device),
     )
-    said = advice(found, machine)
+    advice_lines = advice(found, machine)
     print(f"{file.stem}: {device.type}, {str(dtype).removeprefix('torch.')}, threads {settings.threads}")
-    print(tables(found), *[f"- {each}" for each in said or ["nothing stands out"]], sep="\n")
+    print(tables(found), *[f"- {each}" for each in advice_lines or ["nothing stands out"]], sep="\n")
     if to is not None:
         content = {"recipe": file.stem, **dataclasses.asdict(machine), **dataclasses.asdict(found)}
-        to.write_text(json.dumps({**content, "advice": said}, indent=2) + "\n", encoding="utf-8")
+        to.write_text(json.dumps({**content, "advice": advice_lines}, indent=2) + "\n", encoding="utf-8")
 
 
 def _recipe(file: Path, flags: Sequence[str]) -> tuple[Any, Any]:
@@ -102,7 +102,7 @@ def _recipe(file: Path, flags: Sequence[str]) -> tuple[Any, Any]:
     return module["main"], parse_settings(kind, flags, file=file, description=module.get("__doc__") or "")
 
 
-def _short(settings: Any, **changes: Any) -> Any:
+def _settings_to_profile(settings: Any, **changes: Any) -> Any:
     """The settings with ``changes``, and without what is no step: evaluations and a critic's pretraining."""
     changes |= {
         "held_out": 0,

@@ -23,24 +23,24 @@ class Machine:
 
 
 def advice(found: Profile, machine: Machine) -> list[str]:
-    """Sentences, the largest gain first as far as that can be told; empty where nothing stands out."""
+    """One sentence per possible gain, roughly the largest first; empty where nothing stands out."""
     parts = {each.name: each for each in found.parts}
-    said = [*_dtype(found, machine), *_padded(found), *_threads(found, machine)]
+    advice_lines = [*_dtype(found, machine), *_padded(found), *_threads(found, machine)]
     rollout = parts.get("rollout")
     if rollout is not None and rollout.share > 0.3 and (rollout.matrix_share or 1.0) < 0.5:
-        said.append(
+        advice_lines.append(
             f"sampling takes {rollout.share:.0%} of the step and is in matrix products for "
             f"{rollout.matrix_share:.0%} of it: a step of decoding costs about the same for more rows, so a "
             "larger --rollout-size samples more tokens per second"
         )
     if machine.on_cpu:
-        said += _allocator(found.parts)
+        advice_lines += _allocator(found.parts)
     if parts["other"].share > 0.15:
-        said.append(
+        advice_lines.append(
             f"{parts['other'].share:.0%} of the step is in none of rollout, score and train: the recipe's "
             "own code between them, shaping, metrics, samples, files"
         )
-    return said
+    return advice_lines
 
 
 def _dtype(found: Profile, machine: Machine) -> list[str]:
@@ -56,21 +56,21 @@ def _dtype(found: Profile, machine: Machine) -> list[str]:
 
 
 def _padded(found: Profile) -> list[str]:
-    said = []
+    advice_lines = []
     for each in found.parts:
         if each.padding is None or each.padding < 0.25 or each.share < 0.1:
             continue
         if each.name == "rollout":
-            said.append(
+            advice_lines.append(
                 f"{each.padding:.0%} of the slots that sampling reads hold no token: prompts differ in "
                 "length, and --prompt-tokens lowers the longest"
             )
         else:
-            said.append(
+            advice_lines.append(
                 f"{each.padding:.0%} of what the models read in {each.name} is padding, since texts differ "
                 "in length: a smaller --micro-batch-size pads less and changes no gradient"
             )
-    return said
+    return advice_lines
 
 
 def _threads(found: Profile, machine: Machine) -> list[str]:

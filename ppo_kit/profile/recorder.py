@@ -24,7 +24,7 @@ WARM_UP = 1
 
 @dataclass
 class Clocked:
-    """What the clocks say of a part, or of a whole step."""
+    """Seconds of a part of a step, or of a whole step."""
 
     seconds: float = 0.0
     cpu: float = 0.0
@@ -62,21 +62,21 @@ class Recorder(StepObserver):
         self.trace = profile(activities=activities, record_shapes=True, with_flops=True)
         self._begun, self._tracing = 0, False
         self._step = Step()
-        self._start = _clocks()
+        self._start = _read_clocks()
 
     def begin(self) -> None:
         if self._begun:  # what came after the log, as samples and checkpoints, is the step's as well
-            self._step.whole = _since(self._start)
+            self._step.whole = _elapsed(self._start)
         self._begun += 1
         if self._begun == WARM_UP + self.steps + 1:
             self.trace.start()
             self._tracing = True
-        self._step, self._start = Step(), _clocks()
+        self._step, self._start = Step(), _read_clocks()
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         _reset_peak()
-        start = _clocks()
+        start = _read_clocks()
         with record_function(f"{MARK}{name}"):
             yield
             _synchronize()
@@ -85,7 +85,7 @@ class Recorder(StepObserver):
             self.peaks[name] = max(self.peaks[name], _peak_mib())
 
     def end(self, batch: TensorDictBase) -> None:
-        self._step.whole = _since(self._start)
+        self._step.whole = _elapsed(self._start)
         self._step.rows = batch.numel()
         self._step.response_tokens = int(batch["response_mask"].sum())
         self._step.prompt_tokens = int(batch["prompt_mask"].sum())
@@ -103,18 +103,18 @@ class Recorder(StepObserver):
         self._tracing = False
 
 
-def _clocks() -> tuple[float, float, float]:
+def _read_clocks() -> tuple[float, float, float]:
     return time.perf_counter(), time.process_time(), os.times().system
 
 
-def _since(start: tuple[float, float, float]) -> Clocked:
+def _elapsed(start: tuple[float, float, float]) -> Clocked:
     found = Clocked()
     _add(found, start)
     return found
 
 
 def _add(to: Clocked, start: tuple[float, float, float]) -> None:
-    seconds, cpu, system = (now - then for now, then in zip(_clocks(), start, strict=True))
+    seconds, cpu, system = (now - then for now, then in zip(_read_clocks(), start, strict=True))
     to.seconds, to.cpu, to.system = to.seconds + seconds, to.cpu + cpu, to.system + system
 
 
@@ -134,7 +134,7 @@ def _reset_peak() -> None:
 
 
 def _peak_mib() -> float:
-    """Since ``_reset_peak``; NaN where the system does not say."""
+    """Since ``_reset_peak``; NaN where the system does not report it."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     lines = _STATUS.read_text().splitlines() if _STATUS.exists() else []

@@ -14,11 +14,11 @@ from ppo_kit.report.curves import (
     INK,
     LABELS,
     PALETTE,
-    dress,
     label_ends,
     label_of,
     note_no_data,
     smooth,
+    style_axes,
     window_of,
 )
 from ppo_kit.report.history import read_rows, series
@@ -78,7 +78,7 @@ def draw_comparison(
     )
     for index, name in enumerate(panels):
         axes = figure.add_subplot(grid[index // columns, index % columns])
-        dress(axes, label_of(name))
+        style_axes(axes, label_of(name))
         drawn = [
             _draw_group(axes, [series(rows, name) for rows in each], label, color)
             for (label, each), color in zip(runs.items(), PALETTE, strict=False)

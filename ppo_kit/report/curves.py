@@ -51,7 +51,7 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
     return np.where(known, total / np.maximum(count, 1), np.nan)
 
 
-def dress(axes: Axes, title: str, *, color: str = INK) -> None:
+def style_axes(axes: Axes, title: str, *, color: str = INK) -> None:
     """Title on the left, two spines, a faint horizontal grid, few ticks, at whole steps."""
     axes.set_title(title, loc="left", fontsize=10.5, color=color, fontweight="bold", pad=7)
     axes.spines[["top", "right"]].set_visible(False)

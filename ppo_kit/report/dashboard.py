@@ -22,11 +22,11 @@ from ppo_kit.report.curves import (
     INK,
     ORANGE,
     draw_curve,
-    dress,
     label_ends,
     label_of,
     note_no_data,
     smooth,
+    style_axes,
     window_of,
 )
 from ppo_kit.report.history import read_json, read_rows, series
@@ -43,7 +43,7 @@ def draw_dashboard(folder: Path, path: Path | None = None) -> Path:
     """Draw the run in ``folder`` to ``path`` (default ``folder/dashboard.png``) and return the path.
 
     Read are metrics.jsonl, samples.jsonl, config.json and summary.json; a panel whose numbers are missing
-    says so. Metrics that are not standard have their panels below, the first 24 of them. Of a run that
+    is labelled so. Metrics that are not standard have their panels below, the first 24 of them. Of a run that
     samples no responses (SFT, reward modelling) every metric has such a panel, and there are no others. Score
     and gold reward share a panel and its steps, not a vertical axis: their units differ, and on one axis, or
     on two laid over each other, where the lines cross would mean nothing.
@@ -111,7 +111,7 @@ def _draw_rollouts(
 
 
 def _draw_panel(axes: Axes, rows: Sequence[Mapping[str, Any]], name: str, *, color: str) -> None:
-    dress(axes, label_of(name), color=color if color != _SLATE else INK)
+    style_axes(axes, label_of(name), color=color if color != _SLATE else INK)
     steps, values = series(rows, name)
     if np.isfinite(values).any():
         draw_curve(axes, steps, values, color=color)
@@ -166,7 +166,7 @@ def _mark_best(axes: Axes, steps: np.ndarray, values: np.ndarray) -> None:
 
 def _draw_distribution(axes: Axes, scores: Mapping[int, Sequence[float | None]]) -> None:
     """Share of responses per score at each step, darker for more, with the 5, 50 and 95 % quantiles."""
-    dress(axes, "distribution of reward-model scores over responses", color=BLUE)
+    style_axes(axes, "distribution of reward-model scores over responses", color=BLUE)
     steps = sorted(step for step, values in scores.items() if any(value is not None for value in values))
     if not steps:
         note_no_data(axes)

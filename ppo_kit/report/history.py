@@ -1,4 +1,4 @@
-"""Reading a run's folder: the rows of its ``.jsonl`` files and what its ``.json`` files say."""
+"""Reading a run's folder: the rows of its ``.jsonl`` files and its ``.json`` files."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def write_tokens(responses: Mapping[str, Sequence[Mapping[str, Any]]], path: Pat
     """
     # The prompts that were seen most often first: they can be read over the steps.
     ordered = sorted(responses.items(), key=lambda item: -len(item[1]))
-    data = [{"prompt": prompt, "steps": _spaced(steps)} for prompt, steps in ordered]
+    data = [{"prompt": prompt, "steps": _evenly_spaced(steps)} for prompt, steps in ordered]
     script = _file("inspector.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     # A "<" could end the script element that holds the data.
@@ -68,7 +68,7 @@ def _step(label: str, sample: Mapping[str, Any]) -> dict[str, Any]:
     return {"label": label, "facts": " · ".join(facts), "tokens": sample["tokens"]}
 
 
-def _spaced(steps: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def _evenly_spaced(steps: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """At most ``MOST_STEPS`` of ``steps``, at even distances, with the first and the last."""
     if len(steps) <= MOST_STEPS:
         return list(steps)

@@ -18,9 +18,9 @@ from ppo_kit.report.curves import (
     ORANGE,
     RED,
     draw_curve,
-    dress,
     label_ends,
     note_no_data,
+    style_axes,
     window_of,
 )
 from ppo_kit.report.history import read_json, read_rows, series
@@ -31,7 +31,7 @@ def draw_preference_report(folder: Path, path: Path | None = None) -> Path:
     """Draw the reward model in ``folder`` to ``path`` (default ``folder/reward_model.png``) and return that.
 
     Read are metrics.jsonl (``step``, ``accuracy``, ``eval/accuracy``), held_out.jsonl (a row per pair, see
-    ``preference_report``) and config.json; a panel whose numbers are missing says so.
+    ``preference_report``) and config.json; a panel whose numbers are missing is labelled so.
 
     Raises ``FileNotFoundError`` when there is no held_out.jsonl, ``ValueError`` for a broken or empty file.
     """
@@ -66,7 +66,7 @@ def draw_preference_report(folder: Path, path: Path | None = None) -> Path:
 
 
 def _draw_accuracy(axes: Axes, rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
-    dress(axes, "share of pairs ranked right")
+    style_axes(axes, "share of pairs ranked right")
     if not rows:
         note_no_data(axes)
         return
@@ -90,7 +90,7 @@ def _draw_accuracy(axes: Axes, rows: Sequence[Mapping[str, Any]], summary: Mappi
 
 def _draw_differences(axes: Axes, differences: np.ndarray) -> None:
     """Counts per difference, an edge at 0, so that a bar is ranked right or wrong as a whole."""
-    dress(axes, "score of the preferred answer less that of the other")
+    style_axes(axes, "score of the preferred answer less that of the other")
     low, high = min(differences.min(), 0.0), max(differences.max(), 0.0)
     wide = (high - low) / float(np.clip(2 * np.sqrt(len(differences)), 10, 40)) or 1.0
     edges = wide * np.arange(np.floor(low / wide), np.ceil(high / wide) + 1.5)
@@ -115,7 +115,7 @@ def _draw_differences(axes: Axes, differences: np.ndarray) -> None:
 def _draw_reliability(axes: Axes, differences: np.ndarray) -> None:
     """Share right against σ(|difference|), with 95 % intervals and how many pairs a point stands for."""
     found = calibration(differences)
-    dress(axes, f"reliability: share right at each confidence (expected error {found.error:.3f})")
+    style_axes(axes, f"reliability: share right at each confidence (expected error {found.error:.3f})")
     axes.plot([0.5, 1], [0.5, 1], color=FAINT, linewidth=1.0, linestyle=(0, (2, 3)))
     for count, confidence, right in zip(found.count, found.confidence, found.right, strict=True):
         low, high = wilson_interval(right * count, int(count))

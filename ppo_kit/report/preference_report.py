@@ -40,7 +40,7 @@ def wilson_interval(right: float, total: int) -> tuple[float, float]:
     return max(0.0, middle - reach), min(1.0, middle + reach)
 
 
-def share_right(differences: np.ndarray) -> dict[str, Any]:
+def ranking_accuracy(differences: np.ndarray) -> dict[str, Any]:
     """``accuracy``, the share of ``differences`` above 0 with a tie half right, and its ``interval``."""
     right = float((np.sign(differences) + 1).sum() / 2)
     return {"accuracy": right / len(differences), "interval": wilson_interval(right, len(differences))}
@@ -59,7 +59,7 @@ class Calibration:
 
 
 def calibration(differences: np.ndarray, *, bins: int = 10) -> Calibration:
-    """Reliability of σ(r_w − r_l), what the Bradley-Terry model says of its own ranking.
+    """Reliability of σ(r_w − r_l), the confidence that the Bradley-Terry model gives its ranking.
 
     Which answer is preferred is known, so each pair is read from the side the model takes: its confidence is
     σ(|difference|), in [0.5, 1], and it is right where the difference is above 0 (half right at 0). ``bins``
@@ -85,7 +85,7 @@ def calibration(differences: np.ndarray, *, bins: int = 10) -> Calibration:
 
 
 def summarize_pairs(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What ``summary.json`` says of the held-out pairs.
+    """The numbers about held-out pairs in ``summary.json``.
 
     ``accuracy`` and its 95 % ``interval`` (Wilson); ``loss``, the mean of −log σ(difference) [nats], log 2 =
     0.693 for a model that ranks nothing; ``calibration_error``; and as ``baselines``, on the same pairs,
@@ -93,11 +93,11 @@ def summarize_pairs(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """
     differences, lengths = differences_of(rows, "score"), differences_of(rows, "tokens")
     return {
-        **share_right(differences),
+        **ranking_accuracy(differences),
         "held_out_pairs": len(rows),
         "loss": float(np.logaddexp(0, -differences).mean()),
         "calibration_error": calibration(differences).error,
-        "baselines": {"longer_answer": share_right(lengths), "chance": share_right(0 * lengths)},
+        "baselines": {"longer_answer": ranking_accuracy(lengths), "chance": ranking_accuracy(0 * lengths)},
     }
 
 

@@ -103,7 +103,7 @@ class RetokenizedReward(BatchModule):
         prompt = self.chat.unchecked(turns)
         try:
             ids = prompt.ids + self.chat.answer(turns, prompt, answer).ids
-        except BadRow:  # a policy may say what the template does not write as it is
+        except BadRow:  # a policy may sample text that the template changes
             ids = [*self.chat.encode(prompt.text + answer), self.chat.end_ids[0]]
         return ids[:-1] if truncated else ids
 

@@ -1,4 +1,4 @@
-"""What ``--reward`` says: which models and functions score a response, under which name and weight."""
+"""Parse ``--reward``: which models and functions score a response, under which name and weight."""
 
 from __future__ import annotations
 
@@ -148,7 +148,8 @@ def load_function(spec: RewardSpec) -> Callable[..., Any]:
     """The function that ``spec`` names, for ``TextReward``; of a class, an instance made without arguments.
 
     ``file.py:function`` runs the file once a process, as a module of its own. Its folder (for
-    ``module:function`` the current one) is searched last by what is imported later, so neighbours are found.
+    ``module:function`` the current one) is searched last by what is imported later, so files beside it can be
+    imported.
 
     Raises:
         ValueError: the file or module is not there or raised while it was loaded; it has no such function; a
@@ -168,7 +169,7 @@ def load_function(spec: RewardSpec) -> Callable[..., Any]:
             function = function()
         except Exception as error:
             raise ValueError(
-                f"--reward {spec}: {attribute}() raised {_in_words(error)}; a class is made without "
+                f"--reward {spec}: {attribute}() raised {_error_text(error)}; a class is made without "
                 f"arguments, an instance of it can be named as well"
             ) from error
     if not callable(function):
@@ -189,7 +190,7 @@ def _load(place: str, where: str) -> ModuleType:
     try:
         return importlib.import_module(place) if file is None else _run_file(file)
     except (Exception, SystemExit) as error:
-        raise ValueError(f"{where}: loading {place} raised {_in_words(error)}") from error
+        raise ValueError(f"{where}: loading {place} raised {_error_text(error)}") from error
 
 
 def _run_file(file: Path) -> ModuleType:
@@ -207,5 +208,5 @@ def _run_file(file: Path) -> ModuleType:
     return sys.modules[name]
 
 
-def _in_words(error: BaseException) -> str:
+def _error_text(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"

@@ -26,7 +26,7 @@ class TextReward(BatchModule):
     """``score`` [B] from a function over decoded prompts and responses, special tokens left out.
 
     Columns of the user's own reach the function in the batch, or by name (``ppo_kit.rewards.columns``).
-    A row that the function gives None for has score 0 and ``abstained`` [B] True: the function does not know,
+    A row that the function gives None for has score 0 and ``abstained`` [B] True: no score,
     which is not the same as 0. An ``abstained`` that an earlier module wrote stays True.
 
     Args:

@@ -14,7 +14,7 @@ def main(arguments: list[str] | None = None) -> int:
     status = "Exit status: 0; 2 where the file cannot be read."
     parser = argparse.ArgumentParser(prog="python -m ppo_kit.run", epilog=status)
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("replay", help="say what is not finite in a batch that a run stopped at")
+    command = commands.add_parser("replay", help="print what is not finite in a batch that a run stopped at")
     command.add_argument("file", type=Path, help="<run folder>/faults/step-….safetensors")
     chosen = parser.parse_args(arguments)
     # Imported once the command line is read: --help needs no torch.

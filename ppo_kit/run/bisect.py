@@ -68,7 +68,8 @@ def first_difference(first: Path, second: Path) -> Difference:
     if not common:
         raise ValueError(f"{first} and {second} have no step in common")
     step, metrics = next(
-        ((step, parts) for step in common if (parts := _differing(rows[0][step], rows[1][step]))), (None, {})
+        ((step, parts) for step in common if (parts := _differing_metrics(rows[0][step], rows[1][step]))),
+        (None, {}),
     )
     stage = next((name for name, own in STAGES.items() if metrics.keys() & set(own)), "update")
     saved = [{step.name for step in saved_checkpoints(run / "checkpoints")} for run in (first, second)]
@@ -97,7 +98,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def explain(found: Difference) -> str:
-    """What ``found`` says, for a reader."""
+    """``found`` as lines of text."""
     lines = [f"{name}: {a!r} and {b!r}" for name, (a, b) in found.settings.items()]
     if found.step is None:
         lines.append("metrics: equal at every step that both logged")
@@ -119,7 +120,7 @@ def _rows(folder: Path) -> dict[int, dict[str, Any]]:
     return {row["step"]: row for row in read_rows(file)}
 
 
-def _differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def _differing_metrics(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """The metrics that differ, in the order of a step; one that only one run has differs from None."""
     names = [name for name in {**first, **second} if name not in TIMINGS]
     staged = {name: index for index, name in enumerate(name for own in STAGES.values() for name in own)}
@@ -130,10 +131,10 @@ def _differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str,
 
 def _first_tensor(first: Any, second: Any) -> str:
     """Where two states first differ, and by how much; empty where they do not."""
-    return next(_unequal(first.get("state", first), second.get("state", second), ""), "")
+    return next(_differences(first.get("state", first), second.get("state", second), ""), "")
 
 
-def _unequal(first: Any, second: Any, where: str) -> Iterator[str]:
+def _differences(first: Any, second: Any, where: str) -> Iterator[str]:
     import torch
 
     if isinstance(first, Mapping) and isinstance(second, Mapping):
@@ -142,20 +143,20 @@ def _unequal(first: Any, second: Any, where: str) -> Iterator[str]:
             if key not in first or key not in second:
                 yield f"{place}: only in the {'first' if key in first else 'second'} run"
             else:
-                yield from _unequal(first[key], second[key], place)
+                yield from _differences(first[key], second[key], place)
     elif isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
         if first.shape != second.shape or first.dtype != second.dtype:
             yield f"{where}: {first.dtype} {list(first.shape)} and {second.dtype} {list(second.shape)}"
         elif not torch.equal(first, second):
-            yield from _distance(first, second, where)
+            yield from _describe_difference(first, second, where)
     elif isinstance(first, list | tuple) and isinstance(second, list | tuple) and len(first) == len(second):
         for index, pair in enumerate(zip(first, second, strict=True)):
-            yield from _unequal(*pair, f"{where}[{index}]")
+            yield from _differences(*pair, f"{where}[{index}]")
     elif first != second and not (_is_nan(first) and _is_nan(second)):
         yield f"{where}: {first!r} and {second!r}"
 
 
-def _distance(first: torch.Tensor, second: torch.Tensor, where: str) -> Iterator[str]:
+def _describe_difference(first: torch.Tensor, second: torch.Tensor, where: str) -> Iterator[str]:
     """One line on two tensors of one shape that differ; NaN equals NaN."""
     a, b = first.double(), second.double()
     differs = ~((a == b) | (a.isnan() & b.isnan()))

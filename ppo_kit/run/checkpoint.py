@@ -21,7 +21,7 @@ from ppo_kit.run.records import sync_folder, write_whole
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be resumed from; the text says which, and what is wrong or differs."""
+    """A checkpoint that cannot be resumed from; the text names it and what is wrong or differs."""
 
 
 def save_checkpoint(
@@ -46,7 +46,7 @@ def save_checkpoint(
     temporary = folder / f".{final.name}.tmp"
     # What a kill left behind: half written, or whole but never named by latest.
     for leftover in (*folder.glob(".step-*.tmp"), final):
-        _make_way(leftover)
+        _set_aside_or_remove(leftover)
     try:
         temporary.mkdir()
         with (temporary / "state.pt").open("wb") as file:
@@ -194,7 +194,7 @@ def saved_checkpoints(folder: Path) -> list[Path]:
                   key=_step)  # fmt: skip
 
 
-def _make_way(path: Path) -> None:
+def _set_aside_or_remove(path: Path) -> None:
     if path.is_symlink() or path.is_file():
         os.replace(path, path.with_name(f"{path.name}.set-aside"))
     elif path.exists():

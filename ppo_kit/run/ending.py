@@ -10,15 +10,27 @@ from rich.markup import escape
 from rich.table import Table
 
 from ppo_kit import report
+from ppo_kit.engine import ranks
 from ppo_kit.monitor.metric_names import METRICS
 from ppo_kit.run.checkpoint import has_checkpoint
 from ppo_kit.run.progress import Progress
+from ppo_kit.run.records import write_json
+
+
+def write_ending(folder: Path, summary: Mapping[str, Any], progress: Progress) -> None:
+    """Write ``summary`` and the pictures on rank 0; after an interrupted run, print how to continue it."""
+    if ranks.is_main():
+        write_json(folder / "summary.json", summary)
+        show_ending(folder, summary, progress)
+    if summary["interrupted"]:
+        where = f"step {summary['steps']} of {summary['steps_planned']}"
+        progress.note(f"Interrupted after {where}; {resume_hint(folder)}")
 
 
 def show_ending(folder: Path, summary: Mapping[str, Any], progress: Progress) -> None:
     """Draw the run in ``folder``, print the table of ``summary`` and what was written.
 
-    A picture that cannot be drawn does not fail a run that is trained and saved; a line says so.
+    A picture that cannot be drawn does not fail a run that is trained and saved: a line is printed instead.
     """
     for name in ("draw_dashboard", "write_report"):
         try:
@@ -68,7 +80,7 @@ def files_written(folder: Path) -> Iterable[str]:
             yield f"  {name:<15} {what}"
 
 
-def how_to_go_on(folder: Path) -> str:
+def resume_hint(folder: Path) -> str:
     """What to do after a run that a signal ended."""
     if has_checkpoint(folder / "checkpoints"):
         return f"continue with --resume --out {folder}"

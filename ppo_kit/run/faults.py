@@ -30,7 +30,7 @@ class Clearable(Protocol):
 def check_finite(batch: TensorDictBase, *, of: TensorDictBase | None = None) -> TensorDictBase:
     """Return ``batch`` unchanged; checked are its schema keys, where ``action_mask`` is True, and losses.
 
-    Where the batch lacks ``action_mask``, ``response_mask`` says what counts.
+    Where the batch lacks ``action_mask``, ``response_mask`` is used.
 
     Args:
         batch: a batch, or what a loss returned.
@@ -48,7 +48,7 @@ def check_finite(batch: TensorDictBase, *, of: TensorDictBase | None = None) -> 
     ...
     ppo_kit.engine.optimizer.NotFinite: rewards is nan at row 0, token 0 (1 of 1 values are not finite)
     """
-    watched = list(_watched(batch))
+    watched = list(_checked_values(batch))
     # One transfer from the device for all keys, not one per key.
     here = torch.stack([bad.any() for _, bad, _ in watched]).any() if watched else False
     where = int(ranks.reduce(torch.as_tensor(here).long()))
@@ -71,7 +71,7 @@ class Faults:
         folder: where batches are written, as ``step-000012.safetensors``.
         allowed: steps that may be skipped; one more ends the run.
         settings: the run's, written into each file.
-        note: says one line to the user.
+        note: prints one line.
     """
 
     def __init__(self, folder: Path, *, allowed: int, settings: object, note: Callable[[str], None]) -> None:
@@ -85,7 +85,7 @@ class Faults:
         """Skip the body where it raises ``NotFinite``: clear gradients, write the batch to a file.
 
         Raises:
-            NotFinite: more steps were stopped than may be skipped; the text says where the batch is.
+            NotFinite: more steps were stopped than may be skipped; the text names the file of the batch.
         """
         try:
             yield
@@ -153,16 +153,16 @@ def read_fault(file: Path) -> tuple[TensorDict, dict[str, Any]]:
     return batch, {"step": step, "error": error, "settings": settings}
 
 
-def survey(batch: TensorDictBase) -> Iterator[tuple[str, int, str]]:
+def describe_values(batch: TensorDictBase) -> Iterator[tuple[str, int, str]]:
     """(key, values that are not finite, what it holds) of each floating key that ``check_finite`` watches."""
-    for key, bad, valid in _watched(batch):
+    for key, bad, valid in _checked_values(batch):
         count = int(bad.sum())
         good = batch[key][valid & ~bad].double()  # no minimum of float8
         span = f"{float(good.min()):.4g} to {float(good.max()):.4g}" if good.numel() else "nothing finite"
         yield key, count, _describe(key, batch[key], bad, valid) if count else span
 
 
-def _watched(batch: TensorDictBase) -> Iterator[tuple[str, Tensor, Tensor]]:
+def _checked_values(batch: TensorDictBase) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(key, which values are bad, which are valid)."""
     mask = batch.get(present_key(batch, "action_mask"), None)
     for key, value in batch.items():

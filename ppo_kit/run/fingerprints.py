@@ -31,26 +31,26 @@ def fingerprints(inputs: Inputs) -> dict[str, dict[str, str]]:
     first and the last among them, are hashed: training changes all of a model's weights, so a retrained model
     is noticed, but a change between two pieces that keeps the size is not.
     """
-    return {name: _prints(given) for name, given in inputs.items() if given is not None}
+    return {name: _fingerprints(given) for name, given in inputs.items() if given is not None}
 
 
-def _prints(given: Source | Sequence[Source]) -> dict[str, str]:
+def _fingerprints(given: Source | Sequence[Source]) -> dict[str, str]:
     sources = [given] if isinstance(given, str | os.PathLike) else list(given)
-    return {key: value for source in sources for key, value in _prints_of(os.fspath(source)).items()}
+    return {key: value for source in sources for key, value in _fingerprints_of(os.fspath(source)).items()}
 
 
-def _prints_of(source: str) -> dict[str, str]:
+def _fingerprints_of(source: str) -> dict[str, str]:
     path = Path(source)
     if path.is_dir():
         path = Path(model_source(source))
         files = sorted(each for each in path.iterdir() if each.is_file())
         read = [each for each in files if not each.name.startswith(".") and each.suffix not in _NOT_READ]
-        return {f"{path.name}/{each.name}": _print_of(each) for each in read}
+        return {f"{path.name}/{each.name}": _fingerprint(each) for each in read}
     file = path if path.is_file() else Path(source.rpartition(":")[0] or source)
-    return {file.name: _print_of(file)} if file.is_file() else {source: "by name"}
+    return {file.name: _fingerprint(file)} if file.is_file() else {source: "by name"}
 
 
-def _print_of(file: Path) -> str:
+def _fingerprint(file: Path) -> str:
     size = file.stat().st_size
     digest = hashlib.blake2b(digest_size=16)
     with file.open("rb") as opened:

@@ -1,4 +1,4 @@
-"""Where a run lives (one folder, one run) and what its ``config.json`` says."""
+"""Where a run lives (one folder, one run) and its ``config.json``."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def open_folder(
     the fingerprints of ``inputs``, and under ``resumed_from`` the record of how a resumed run began.
 
     This process owns the folder from then on (``own``). A run in ``settings.out`` that trained no step, or
-    died before its first checkpoint, is started again there: ``note`` is told, and what it left is kept under
-    names that end in ``.old``.
+    died before its first checkpoint, is started again there: ``note`` is called, and what it left is kept
+    under names that end in ``.old``.
 
     Raises as those two, and ``BlockingIOError`` where another process owns the folder.
     """
@@ -159,12 +159,12 @@ def _entries(folder: Path) -> list[str]:
 
 def _can_start_again(folder: Path) -> bool:
     """Whether ``folder`` is that of a run of which nothing is lost: no checkpoint, and not ended either."""
-    config, summary = (_json_or_nothing(folder / file) for file in ("config.json", "summary.json"))
+    config, summary = (_read_json_or_empty(folder / file) for file in ("config.json", "summary.json"))
     trained = summary.get("steps", 0) != 0 or has_checkpoint(folder / "checkpoints")
     return config.keys() >= {"name", "settings"} and not trained
 
 
-def _json_or_nothing(file: Path) -> dict[str, Any]:
+def _read_json_or_empty(file: Path) -> dict[str, Any]:
     try:
         value = read_json(file)
     except (ValueError, OSError):

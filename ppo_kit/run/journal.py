@@ -31,22 +31,26 @@ class Journal:
                 self._not_finite.add(name)
                 self.progress.note(f"step {step}: {name} is {value} (null in metrics.jsonl)")
         for name in list(self._names):
-            self._try(name, lambda name: self._logger(name, step).log(step, values))
+            self._call_logger(name, lambda name: self._logger(name, step).log(step, values))
 
     def _logger(self, name: str, step: int) -> Logger:
         if name not in self._loggers:
             [self._loggers[name]] = make_loggers([name], self.folder, plain(self.settings), first_step=step)
         return self._loggers[name]
 
-    def _try(self, name: str, call: Callable[[str], None]) -> None:
+    def _call_logger(self, name: str, call: Callable[[str], None]) -> None:
         try:
             call(name)
         except Exception as error:  # no network, no account, a full disk: none of them should end a run
             self._names.remove(name)
             self.progress.note(f"--log {name}: {type(error).__name__}: {error}; the run goes on without it")
 
-    def sample(self, step: int, rows: Sequence[Mapping[str, Any]], scores: Sequence[float]) -> None:
-        """One row of samples."""
+    def sample(
+        self, step: int, rows: Sequence[Mapping[str, Any]], scores: Sequence[float] | None = None
+    ) -> None:
+        """One row of samples, with ``scores`` or else the ``score`` of each of ``rows``."""
+        if scores is None:
+            scores = [row["score"] for row in rows if "score" in row]
         compact = [round(float(score), 4) for score in scores]
         self._files["samples"].append({"step": step, "scores": compact, "samples": list(rows)})
 
@@ -67,4 +71,4 @@ class Journal:
             file.close()
         for name in list(self._names):
             if name in self._loggers:
-                self._try(name, lambda name: self._loggers.pop(name).close())
+                self._call_logger(name, lambda name: self._loggers.pop(name).close())

@@ -42,7 +42,7 @@ def write_model_cards(folder: Path, sources: Mapping[str, str]) -> list[Path]:
 
 
 def _ours(card: Path) -> bool:
-    """Whether the card may be written: none there, or peft's and transformers' own, which say nothing."""
+    """Whether the card may be written: none there, or peft's and transformers' empty templates."""
     return not card.exists() or "[More Information Needed]" in card.read_text() or _MARK in card.read_text()
 
 

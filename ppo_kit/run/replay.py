@@ -14,7 +14,7 @@ from tensordict import TensorDictBase
 from ppo_kit.batch import present_key
 from ppo_kit.modules import ClippedSurrogate, ClippedValueLoss, SquaredValueLoss
 from ppo_kit.modules.objective import BatchLoss
-from ppo_kit.run.faults import read_fault, survey
+from ppo_kit.run.faults import describe_values, read_fault
 
 
 def replay(file: Path, console: Console) -> None:
@@ -27,12 +27,12 @@ def replay(file: Path, console: Console) -> None:
     _print(console, f"step {about['step']}: {about['error']}")
     _print(console, f"{len(batch)} responses, {int(batch['response_mask'].sum())} tokens")
     table = Table("key", "not finite", "holds", box=None, padding=(0, 2, 0, 0))
-    for key, count, holds in survey(batch):
+    for key, count, holds in describe_values(batch):
         table.add_row(Text(_one_line(key)), str(count), Text(_one_line(holds)))
     console.print(table)
     for name, make in _LOSSES.items():
         try:
-            _print(console, f"{name}: {_value(make(about['settings']), batch)}")
+            _print(console, f"{name}: {_loss_text(make(about['settings']), batch)}")
         except Exception as error:  # settings and tensors of the file may be anything
             _print(console, f"{name}: cannot be computed from this file ({type(error).__name__}: {error})")
 
@@ -53,7 +53,7 @@ _LOSSES: dict[str, Callable[[dict[str, Any]], BatchLoss]] = {
 """The run's, from its settings; a setting it did not have means the default or the unclipped loss."""
 
 
-def _value(loss: BatchLoss, batch: TensorDictBase) -> str:
+def _loss_text(loss: BatchLoss, batch: TensorDictBase) -> str:
     lacking = [str(key) for key in loss.in_keys if present_key(batch, key) not in batch]
     if lacking:
         return f"the batch lacks {', '.join(lacking)}"

@@ -17,7 +17,7 @@ from rich.console import Console
 from ppo_kit.engine import Engine, LocalEngine, Stateful, ranks
 from ppo_kit.monitor.loggers import check_loggers
 from ppo_kit.run import checkpoint
-from ppo_kit.run.ending import how_to_go_on, show_ending
+from ppo_kit.run.ending import resume_hint, write_ending
 from ppo_kit.run.faults import Clearable, Faults
 from ppo_kit.run.fingerprints import Inputs
 from ppo_kit.run.folder import Settings, open_folder
@@ -25,7 +25,7 @@ from ppo_kit.run.journal import Journal
 from ppo_kit.run.owner import own, release
 from ppo_kit.run.progress import Progress
 from ppo_kit.run.randomness import Randomness
-from ppo_kit.run.records import scalars, write_json
+from ppo_kit.run.records import scalars
 from ppo_kit.run.signals import StopOnSignal
 
 _OWN = {"torch", "cuda", "generators", "seconds", "faults"}
@@ -54,7 +54,8 @@ class Run:
     ``runs/<name>-seed<seed>``, ``…-2``, …; one that holds a run is continued with ``resume`` and refused
     without, unless it saved no checkpoint: then it is started again. ``may_change`` names settings that a
     resumed run may set otherwise, beside steps, threads and the like; ``inputs`` its models and data, which
-    it may not (see ``fingerprints``). ``keep`` is the number of checkpoints kept, where no setting says it.
+    it may not (see ``fingerprints``). ``keep`` is the number of checkpoints kept, where the settings have no
+    ``keep``.
 
     From its construction to the end of ``with``, or ``close``, a run owns its folder (another process that
     opens it gets ``BlockingIOError``), and SIGINT, SIGTERM and SIGHUP end it: by ``SystemExit`` before the
@@ -65,7 +66,7 @@ class Run:
 
     Constructing a run seeds torch's global generator with ``settings.seed`` and sets the number of threads.
 
-    Attributes: ``folder``; ``interrupted`` (a signal asked the run to end); ``exit_code`` (0, or 128 + the
+    Attributes: ``folder``; ``interrupted`` (a signal ended the run); ``exit_code`` (0, or 128 + the
     signal's number: 130 after Ctrl-C).
     """
 
@@ -162,7 +163,7 @@ class Run:
     def _announce_stop(self, at_once: bool) -> None:
         assert self._signals.signum is not None
         name = signal.Signals(self._signals.signum).name
-        end = f"stopped at once; {how_to_go_on(self.folder)}"
+        end = f"stopped at once; {resume_hint(self.folder)}"
         what = end if at_once else "ending after this step; once more stops at once"
         self._progress.announce(f"{name}: {what}", at_once=at_once)
 
@@ -218,8 +219,6 @@ class Run:
         are the raw scores of all responses of the step, to 4 digits, from which the dashboard draws their
         distribution; without it, the ``score`` of each row.
         """
-        if scores is None:
-            scores = [row["score"] for row in rows if "score" in row]
         if ranks.is_main():
             self._journal.sample(step, rows, scores)
 
@@ -236,9 +235,8 @@ class Run:
         With ``best``, ``checkpoints/best`` names it, and it is kept beside the newest until a better one is
         saved. Raises as ``checkpoint.save_checkpoint``; the last whole checkpoint stays loadable.
         """
-        counts = {"faults": self._faults.count, "rows": self._journal.counts()}
-        own = {**self._randomness.state(), "seconds": self._seconds(), **counts}
-        content = {"state": dict(state), "run": own}
+        counts = {"seconds": self._seconds(), "faults": self._faults.count, "rows": self._journal.counts()}
+        content = {"state": dict(state), "run": {**self._randomness.state(), **counts}}
         folder = self.folder / "checkpoints"
         ranks.from_main(lambda: checkpoint.save_checkpoint(folder, step, content, keep=self.keep, best=best))
 
@@ -298,10 +296,5 @@ class Run:
             "seconds": round(self._seconds(), 1),
             **({"remarks": self._remarks} if self._remarks else {}),
         }
-        if ranks.is_main():
-            write_json(self.folder / "summary.json", summary)
-            show_ending(self.folder, summary, self._progress)
-        if self.interrupted:
-            where = f"step {self._last} of {self.settings.steps}"
-            self._progress.note(f"Interrupted after {where}; {how_to_go_on(self.folder)}")
+        write_ending(self.folder, summary, self._progress)
         return summary

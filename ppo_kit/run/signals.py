@@ -1,4 +1,4 @@
-"""What a run does when it is told to stop: by Ctrl-C (SIGINT), ``kill`` (SIGTERM), or a closed terminal."""
+"""Stop a run by a signal: Ctrl-C (SIGINT), ``kill`` (SIGTERM), or a closed terminal."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ class StopOnSignal:
     """From ``install`` to ``remove``, SIGINT, SIGTERM and SIGHUP end the run with status 128 + their number.
 
     While ``finish_step`` is True, the first one only sets ``signum``, for the run to end after its step. The
-    second one, and before that any, raises ``SystemExit``. ``tell(at_once)`` is called first. A SIGHUP that
-    is ignored (``nohup``) stays ignored. Outside the main thread, where Python takes no signals, ``install``
-    does nothing.
+    second one, and before that any, raises ``SystemExit``. ``on_signal(at_once)`` is called first. A SIGHUP
+    that is ignored (``nohup``) stays ignored. Outside the main thread, where Python takes no signals,
+    ``install`` does nothing.
     """
 
-    def __init__(self, tell: Callable[[bool], None]) -> None:
+    def __init__(self, on_signal: Callable[[bool], None]) -> None:
         self.signum: int | None = None
         self.finish_step = False
-        self._tell = tell
+        self._on_signal = on_signal
         self._previous: dict[int, Any] = {}
         self._handler = _handler_of(weakref.ref(self), self._previous)
 
@@ -51,7 +51,7 @@ class StopOnSignal:
             self._leave_terminal()
         at_once = self.signum is not None or not self.finish_step
         self.signum = signum
-        self._tell(at_once)
+        self._on_signal(at_once)
         if at_once:
             raise SystemExit(128 + signum)
 
@@ -66,7 +66,7 @@ class StopOnSignal:
 def _handler_of(
     reference: weakref.ref[StopOnSignal], previous: dict[int, Any]
 ) -> Callable[[int, FrameType | None], None]:
-    """A handler that ends with its run: once that is forgotten, a signal does what it did before."""
+    """A handler that lasts as long as its run: afterwards a signal does what it did before."""
 
     def handler(signum: int, frame: FrameType | None) -> None:
         stop = reference()

@@ -26,33 +26,34 @@ class BlockLayer(DynamicLayer):
     def __init__(self, layer: DynamicLayer) -> None:
         super().__init__()
         self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
-        self._hold(layer.keys, layer.values)
+        self._copy_to_blocks(layer.keys, layer.values)
 
-    def _hold(self, keys: Tensor, values: Tensor, more: int = 0) -> None:
+    def _copy_to_blocks(self, keys: Tensor, values: Tensor, more: int = 0) -> None:
         """Copy keys and values [B,H,L,D] to a block with room for half as many again, for 64 and ``more``."""
         held = keys.shape[2]
         size = held + max(64, held // 2, more)
         self._blocks = [each.new_empty(*each.shape[:2], size, each.shape[3]) for each in (keys, values)]
         for block, each in zip(self._blocks, (keys, values), strict=True):
             block[:, :, :held] = each
-        self._show(held)
+        self._set_length(held)
 
-    def _show(self, held: int) -> None:
+    def _set_length(self, held: int) -> None:
+        """Let ``keys`` and ``values`` be the first ``held`` tokens of the blocks."""
         self.keys, self.values = (block[:, :, :held] for block in self._blocks)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         held = self.keys.shape[2]
         end = held + key_states.shape[2]
         if end > self._blocks[0].shape[2]:
-            self._hold(self.keys, self.values, key_states.shape[2])
+            self._copy_to_blocks(self.keys, self.values, key_states.shape[2])
         for block, states in zip(self._blocks, (key_states, value_states), strict=True):
             block[:, :, held:end] = states
-        self._show(end)
+        self._set_length(end)
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         rows = beam_idx.to(self.keys.device)
-        self._hold(self.keys.index_select(0, rows), self.values.index_select(0, rows))
+        self._copy_to_blocks(self.keys.index_select(0, rows), self.values.index_select(0, rows))
 
 
 def is_movable(cache: Any) -> bool:

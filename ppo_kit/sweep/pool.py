@@ -33,7 +33,7 @@ def run_jobs(
     again.
 
     Args:
-        processes: runs at a time. Each computes with as many threads as its settings say, 1 by default, so
+        processes: runs at a time. Each computes with ``threads`` of its settings, 1 by default, so
             this is the number of cores to use.
         console: where the progress table is shown; standard error if not given.
 

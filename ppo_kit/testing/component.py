@@ -90,7 +90,7 @@ def _weights(out: Tensor) -> Tensor:
 def columns_of(batch: TensorDictBase, key: Any) -> str | None:
     """ "P" or "T" for a key with a column per prompt or response token, else None.
 
-    A key that is not in the schema has a column per response token if its shape says so.
+    A key that is not in the schema has a column per response token if it has that shape.
     """
     if key in SCHEMA:
         dims = SCHEMA[key][0]

@@ -29,7 +29,7 @@ def batches(
     ``abstained`` is not among them; ``action_mask`` and ``loss_mask`` are with ``holes``.
 
     Rows, prompt and response lengths shrink towards one row of one token; the numbers come from a seed that
-    is drawn, since it is the shape of a batch that tells what went wrong. Log-probabilities are at most 0 and
+    is drawn, since a fault is easier to find in a batch of small shape. Log-probabilities are at most 0 and
     the policies close to each other (ratios of about 0.6 to 1.6), entropies at least 0; masked slots hold 0.
 
     Args:

@@ -56,7 +56,7 @@ class BatchUpdate:
     ) -> None:
         self.model, self.loss, self.optimizer, self.engine = model, loss, optimizer, engine
         self.micro_batch_size, self.watch = micro_batch_size, watch or Stopwatch()
-        self.held_out = _as_one(held_out)
+        self.held_out = _with_shared_counts(held_out)
 
     def __call__(self, batch: TensorDictBase) -> dict[str, float]:
         """Train on ``batch``; the losses and diagnostics of it, ``grad_norm`` and ``lr``."""
@@ -94,7 +94,7 @@ class BatchUpdate:
             yield piece, check_finite(self.loss(piece), of=piece)
 
 
-def _as_one(batches: Sequence[TensorDictBase]) -> list[TensorDictBase]:
+def _with_shared_counts(batches: Sequence[TensorDictBase]) -> list[TensorDictBase]:
     """Copies of the batches that all carry the counts of all of them: shares of one mean."""
     counted = [with_counts(batch.copy()) for batch in batches]
     for key in ("num_tokens", "num_sequences"):

@@ -56,9 +56,9 @@ def samples_of(
     ]
     for key, value in head.items():
         if isinstance(value, Tensor):
-            told = key in ("truncated", "abstained") or _is_score(str(key))
+            wanted = key in ("truncated", "abstained") or _is_score(str(key))
         else:
-            told = key != "messages"
-        for sample, each in zip(samples, value.tolist() if told else (), strict=False):
+            wanted = key != "messages"
+        for sample, each in zip(samples, value.tolist() if wanted else (), strict=False):
             sample[str(key)] = each
     return samples

@@ -31,11 +31,11 @@ class Loop:
     resumed run equals an uninterrupted one. After the last step it evaluates, saves the model and writes the
     summary. SIGINT (Ctrl-C) and SIGTERM end the loop after the current step, with all of that in place.
 
-    A subclass says what an evaluation is (``evaluate``) and how the result is saved (``save_model``).
+    A subclass defines an evaluation (``evaluate``) and how the result is saved (``save_model``).
 
     Args:
         settings: a dataclass with the fields of ``RunSettings``, ``EngineSettings`` and ``UpdateSettings``.
-        name: of the run: its folder is runs/<name>-seed<seed> unless ``settings.out`` says otherwise.
+        name: of the run: its folder is runs/<name>-seed<seed> unless ``settings.out`` is given.
         inputs: {what: path or name} of the files and models that the run reads; a resumed run refuses others.
     """
 

@@ -1,4 +1,4 @@
-"""What held-out pairs say of a reward model, written into the folder of its run."""
+"""Evaluate a reward model on held-out pairs and write the results into its run folder."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def token_records(
         batch: a rollout after shaping; of ``KEYS``, what it holds is recorded, and ``ratio``,
             π(token) / π_old(token), where it holds log_probs.
         policy: the policy after the update, which writes them: the ratio is then that of the whole step.
-        clip: (ε below, ε above) of the surrogate. With it, ``clipped`` says whether the ratio has left
+        clip: (ε below, ε above) of the surrogate. With it, ``clipped`` is whether the ratio has left
             [1 - ε, 1 + ε] on the side to which the advantage pushes, so that its gradient is 0.
     """
     if not rows:
@@ -96,12 +96,12 @@ def token_records(
         record: dict[str, list[Any]] = {"text": [tokenizer.decode([token]) for token in tokens]}
         for name, values in numbers.items():
             own = values[row][valid].tolist()
-            record[name] = own if name == "clipped" else [_short(x) for x in own]
+            record[name] = own if name == "clipped" else [_rounded(x) for x in own]
         records.append(record)
     return records
 
 
-def _short(x: float) -> float | None:
+def _rounded(x: float) -> float | None:
     """``x`` to a few digits; None, null in JSON, where it is not finite."""
     return float(f"{x:.{DIGITS}g}") if math.isfinite(x) else None
 

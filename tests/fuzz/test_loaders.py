@@ -27,7 +27,7 @@ from ppo_kit.data import OnBadRow, check_file, load_dialogues, load_pairs, load_
 from ppo_kit.engine.optimizer import NotFinite
 from ppo_kit.run.__main__ import main as replay
 from ppo_kit.run.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from ppo_kit.run.faults import read_fault, survey, write_fault
+from ppo_kit.run.faults import describe_values, read_fault, write_fault
 from ppo_kit.sandbox import sandbox_tokenizer
 
 fuzz = settings(
@@ -225,7 +225,7 @@ def test_fault_files_of_any_bytes(folder, data):
     if isinstance(found, Refusal):
         assert "not a batch that a run wrote" in found
     else:
-        list(survey(found[0]))
+        list(describe_values(found[0]))
     assert replay_lines(file)
 
 

@@ -13,7 +13,7 @@ from ppo_kit.report.preference_picture import draw_preference_report
 from ppo_kit.report.preference_report import (
     calibration,
     hardest_pairs,
-    share_right,
+    ranking_accuracy,
     summarize_pairs,
     wilson_interval,
 )
@@ -59,8 +59,8 @@ def test_wilson_interval_refuses_no_share(right, total):
 
 
 def test_a_tie_is_half_right():
-    assert share_right(np.array([2.0, 0.0, -1.0, 0.0]))["accuracy"] == 0.5
-    assert share_right(np.array([0.1, 0.0]))["accuracy"] == 0.75
+    assert ranking_accuracy(np.array([2.0, 0.0, -1.0, 0.0]))["accuracy"] == 0.5
+    assert ranking_accuracy(np.array([0.1, 0.0]))["accuracy"] == 0.75
 
 
 def test_calibration_by_hand():
