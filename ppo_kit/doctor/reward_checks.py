@@ -78,7 +78,7 @@ def _reward(name: str, module: Any, batch: TensorDictBase) -> tuple[Level, str, 
         return (
             "warn",
             f"{name} abstains on all {len(score)} responses",
-            "look at the columns of --prompts: a row that nobody judges is not trained on",
+            "look at the columns of --prompts: a row without a score is not trained on",
         )
     if len(judged) > 1 and float(judged.max() - judged.min()) <= SAME * float(judged.abs().max()):
         level: Level = "fail" if is_model else "warn"

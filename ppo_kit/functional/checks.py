@@ -1,7 +1,7 @@
 """Argument checks of the functional layer: each error names the argument, what it got and what it needs.
 
 Only what is already on the host (shape, dtype, Python numbers) is checked, so a check never waits for the
-GPU. The one exception is a λ per token, which ``gae`` looks into.
+GPU. The one exception is a λ per token, whose values ``gae`` checks.
 """
 
 from __future__ import annotations

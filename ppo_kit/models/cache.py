@@ -52,7 +52,7 @@ def cached(name: str, build: Callable[[Path], None], *, fresh: bool = False) -> 
     for parent in (folder.parent, lock.parent):
         parent.mkdir(parents=True, exist_ok=True)
     with FileLock(lock):
-        if folder.exists() and not fresh:  # somebody else has built it meanwhile
+        if folder.exists() and not fresh:  # another process has built it meanwhile
             return folder
         building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:

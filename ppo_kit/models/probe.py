@@ -195,7 +195,7 @@ def _unpadded_rows(ids: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def _with_other_last_token(ids: Tensor) -> Tensor:
-    """The row with another last token: one that stands in it before."""
+    """The row with another last token: one that occurs earlier in it."""
     ids = ids.clone()
     ids[0, -1] = next((token for token in ids[0, :-1] if token != ids[0, -1]), ids[0, -1])
     return ids

@@ -18,7 +18,7 @@ def own(folder: Path) -> None:
     Raises ``BlockingIOError`` where another process owns it.
     """
     file = (folder / LOCK).resolve()
-    # Not bound to a thread: whoever closes the run releases it.
+    # Not bound to a thread: another one may close the run.
     lock = _held.setdefault(file, FileLock(file, timeout=0, thread_local=False))
     try:
         lock.acquire()

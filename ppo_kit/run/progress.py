@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on, and at its end."""
+"""The progress display of a run, and its last lines."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from ppo_kit.sampling.cache import grow_in_blocks, is_movable
 from ppo_kit.sampling.llama import SmallLlama, is_small_llama
 
 WORTH = 8
-"""Tokens from which on it pays to copy a small model's weights."""
+"""Fewest tokens for which copying a small model's weights costs less time than it saves."""
 
 
 class Reader:
