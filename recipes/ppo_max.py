@@ -3,9 +3,10 @@
     python recipes/ppo_max.py                                        # the sandbox; nothing to download
     python recipes/ppo_max.py --policy smollm2 --reward DIR --prompts FILE.jsonl.gz
 
-Against vanilla_ppo.py: the score is normalized by running moments and clipped (Eq. 18), each token is charged for
-its KL to the SFT policy (Eq. 19), the critic is pre-trained before the policy moves and its loss is clipped
-(details 7, 8), gradients are clipped (detail 12), and the policy keeps imitating its SFT text (PTX, Eq. 17).
+Against vanilla_ppo.py: the score is normalized by running moments and clipped (Eq. 18), each token is charged
+for its KL to the SFT policy (Eq. 19), the critic is pre-trained before the policy moves and its loss is
+clipped (details 7, 8), gradients are clipped (detail 12), and the policy keeps imitating its SFT text (PTX,
+Eq. 17).
 """
 
 from __future__ import annotations
