@@ -15,6 +15,11 @@ from ppo_kit.report import draw_comparison
 MOST_BYTES = 200_000
 REASONS = Path(__file__).parent / "reasons.json"
 """{figure number: why the sandbox and the report may differ}: written by hand, after the runs."""
+VERDICTS = (
+    "A claim is one number per seed. It **agrees** if the 95 % bootstrap interval of its mean over seeds "
+    "lies where the claim puts it, **disagrees** if the whole interval lies outside, and is **unclear** "
+    "otherwise."
+)
 
 
 def draw(figure: Figure, groups: Mapping[str, Sequence[Path]], pages: Path) -> Path:
@@ -30,25 +35,50 @@ def draw(figure: Figure, groups: Mapping[str, Sequence[Path]], pages: Path) -> P
     return path
 
 
-def write_page(pages: Path) -> Path:
-    """Write ``index.md`` from every ``figure_NN.json`` in ``pages``."""
-    results = [json.loads(file.read_text()) for file in sorted(pages.glob("figure_*.json"))]
+def write_sandbox_page(pages: Path) -> Path:
+    """Write ``index.md`` of the sandbox's figures in ``pages``."""
+    results = read_results(pages)
     numbers = [result["figure"] for result in results]
     everything = numbers == [figure.number for figure in FIGURES]
     which = "--all" if everything else f"--figure {' '.join(map(str, numbers))}"
-    reasons = json.loads(REASONS.read_text()) if REASONS.exists() else {}
-    lines = [
-        "# The report's figures, rebuilt in the sandbox",
-        "",
+    return write_page(
+        pages,
+        "The report's figures, rebuilt in the sandbox",
         "Each figure of *Secrets of RLHF Part I: PPO* that can be rebuilt here: what varies, what the report "
-        "claims, and whether the sandbox agrees. A claim is one number per seed. It **agrees** if the 95 % "
-        "bootstrap interval of its mean over seeds lies where the claim puts it, **disagrees** if the whole "
-        "interval lies outside, and is **unclear** otherwise. The rules, in `benchmarks/report/figures.py`, "
+        f"claims, and whether the sandbox agrees. {VERDICTS} The rules, in `benchmarks/report/figures.py`, "
         "were committed before the runs, and nothing was tuned on these seeds. Of five seeds such an "
         "interval covers the true mean about 84 times in 100, so read the seeds as well (`figure_NN.json`).",
+        f"python benchmarks/report/run.py {which} --seeds {len(results[0]['seeds'])} --pages docs/report",
+        read_reasons(REASONS),
+    )
+
+
+def read_reasons(file: Path) -> dict[str, str]:
+    """The texts of a file like ``REASONS``; none where it does not exist."""
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def read_results(pages: Path) -> list[dict[str, Any]]:
+    """The verdicts of every ``figure_NN.json`` in ``pages``, by number."""
+    return [json.loads(file.read_text()) for file in sorted(pages.glob("figure_*.json"))]
+
+
+def write_page(pages: Path, title: str, intro: str, command: str, reasons: Mapping[str, str]) -> Path:
+    """Write ``index.md`` from every ``figure_NN.json`` in ``pages``: a table of verdicts, and the figures.
+
+    Args:
+        intro: what was run, and how claims are decided.
+        command: what makes the page again.
+        reasons: {figure number: why the runs and the report may differ}.
+    """
+    results = read_results(pages)
+    lines = [
+        f"# {title}",
+        "",
+        intro,
         "",
         "```",
-        f"python benchmarks/report/run.py {which} --seeds {len(results[0]['seeds'])} --pages docs/report",
+        command,
         "```",
         "",
         "| figure | claim | verdict | mean | interval |",

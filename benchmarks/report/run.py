@@ -9,41 +9,20 @@ where it was. What the report claims and how it is decided: figures.py, written 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import tyro
-from curves import Curves
-from figures import FIGURES, Figure
-from page import draw, write_page
-
-from ppo_kit.sweep import Job, run_jobs
-
-HERE = Path(__file__).parent
-RECIPES = HERE.parents[1] / "recipes"
-FIRST_SEED = 10
-"""The sandbox and the learning rates were chosen on other seeds, so nothing was tuned on these."""
+from figures import FIGURES
+from page import write_sandbox_page
+from runs import Runs, reproduce
 
 
 @dataclass(frozen=True)
-class Reproduction:
+class Reproduction(Runs):
     figure: tuple[int, ...] = ()
     """Numbers of the report's figures."""
     all: bool = False
     """All figures."""
-    seeds: int = 5
-    """Seeds of each variant, from 10."""
-    steps: int = 80
-    """PPO steps of a run, where the figure does not say otherwise."""
-    processes: int = 2
-    """Runs at a time: the number of cores to use."""
-    out: Path = Path("runs/report")
-    """Folder of the runs."""
-    pages: Path = Path("runs/report/pages")
-    """Folder of the pictures, the numbers and the page with the verdicts."""
 
 
 def main(cfg: Reproduction) -> None:
@@ -51,62 +30,9 @@ def main(cfg: Reproduction) -> None:
     wanted = sorted(known) if cfg.all else sorted(set(cfg.figure))
     if not wanted or set(wanted) - known.keys():
         raise SystemExit(f"--figure: got {wanted}, needs some of {sorted(known)}, or --all")
-    figures = [known[number] for number in wanted]
-    run_jobs([job for figure in figures for job in jobs_of(figure, cfg)], cfg.out, processes=cfg.processes)
-    cfg.pages.mkdir(parents=True, exist_ok=True)
-    for figure in figures:
-        result = judge(figure, cfg)
-        draw(figure, {name: folders(figure, name, cfg) for name in figure.variants}, cfg.pages)
-        (cfg.pages / f"figure_{figure.number:02d}.json").write_text(json.dumps(result, indent=1))
-        for claim in result["claims"]:
-            print(f"figure {figure.number}: {claim['verdict']}: {claim['claim']} "
-                  f"(mean {claim['mean']:.3f}, {claim['low']:.3f} to {claim['high']:.3f} {claim['unit']}; "
-                  f"agrees if {claim['rule']})")  # fmt: skip
-    write_page(cfg.pages)
+    reproduce([known[number] for number in wanted], cfg)
+    write_sandbox_page(cfg.pages)
     print(f"Written: {cfg.pages / 'index.md'}")
-
-
-def seeds_of(figure: Figure, cfg: Reproduction) -> Sequence[int]:
-    count = cfg.seeds if figure.seeds is None else min(cfg.seeds, figure.seeds)
-    return range(FIRST_SEED, FIRST_SEED + count)
-
-
-def job(figure: Figure, name: str, seed: int, cfg: Reproduction) -> Job:
-    """One run of a variant."""
-    variant = figure.variants[name]
-    own = dict(variant)
-    recipe = own.pop("recipe", None)
-    file = HERE / "ppo.py" if recipe is None else RECIPES / f"{recipe}.py"
-    steps = {} if recipe == "reward_model" else {"steps": figure.steps or cfg.steps}
-    return Job(file, {**steps, **own, "seed": seed})
-
-
-def jobs_of(figure: Figure, cfg: Reproduction) -> list[Job]:
-    return [job(figure, name, seed, cfg) for name in figure.variants for seed in seeds_of(figure, cfg)]
-
-
-def folders(figure: Figure, name: str, cfg: Reproduction) -> list[Path]:
-    return [job(figure, name, seed, cfg).folder(cfg.out) for seed in seeds_of(figure, cfg)]
-
-
-def judge(figure: Figure, cfg: Reproduction) -> dict[str, Any]:
-    """The figure's verdicts, with every number that they rest on."""
-    runs = [
-        {name: Curves(job(figure, name, seed, cfg).folder(cfg.out), seed) for name in figure.variants}
-        for seed in seeds_of(figure, cfg)
-    ]
-    return {
-        "figure": figure.number,
-        "title": figure.title,
-        "seeds": list(seeds_of(figure, cfg)),
-        "steps": max(run.steps for run in runs[0].values()),
-        "variants": {name: dict(settings) for name, settings in figure.variants.items()},
-        "claims": [claim.decide(runs) for claim in figure.claims],
-        "ends": {
-            name: {metric: [run[name].known_end(metric) for run in runs] for metric in figure.panels}
-            for name in figure.variants
-        },
-    }
 
 
 if __name__ == "__main__":

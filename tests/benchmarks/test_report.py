@@ -15,7 +15,7 @@ import pytest
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "report"
 RECIPES = FOLDER.parents[1] / "recipes"
-NAMES = ("claims", "curves", "figures", "outcomes", "page", "ppo", "run")
+NAMES = ("claims", "curves", "figures", "outcomes", "page", "ppo", "real_text", "run", "runs")
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_a_figure_becomes_a_picture_numbers_and_verdicts(report, tmp_path, capsy
     cfg = report.run.Reproduction(figure=(15,), seeds=3, out=tmp_path / "runs", pages=tmp_path / "pages")
     figure = next(each for each in report.figures.FIGURES if each.number == 15)
     for name, level in (("η 0.05", 3.0), ("η 0.1", 2.0), ("η 0.2", 1.0)):
-        for seed, folder in enumerate(report.run.folders(figure, name, cfg)):
+        for seed, folder in enumerate(report.runs.folders(figure, name, cfg)):
             curve = [level + 0.01 * seed] * 20
             write_run(folder, curve, score=curve, kl=curve[::-1], perplexity=curve, response_length=curve,
                       entropy=curve)  # fmt: skip
@@ -162,3 +162,45 @@ def test_a_figure_becomes_a_picture_numbers_and_verdicts(report, tmp_path, capsy
 def test_a_figure_that_is_not_declared_is_refused(report):
     with pytest.raises(SystemExit, match=r"--figure: got \[5\]"):
         report.run.main(report.run.Reproduction(figure=(5,)))
+
+
+def real_text(report, brought, dialogues_file, folder: Path) -> Any:
+    return report.real_text.RealText(
+        pairs=dialogues_file, held_out_pairs=dialogues_file, policy=brought["policy"], seeds=3, steps=2,
+        train_layers=-1, rollout_size=4, minibatch_size=4, max_new_tokens=4, bf16=False,
+        out=folder / "runs", pages=folder / "pages",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["vanilla", "PPO-max"])
+def test_runs_on_real_text_take_the_settings(report, brought, dialogues_file, tmp_path, name):
+    cfg = real_text(report, brought, dialogues_file, tmp_path)
+    _, nine = report.real_text.ppo_figures(cfg, Path(brought["reward"][0]))
+    settings = dict(nine.variants[name])
+    recipe = settings.pop("recipe")
+    settings |= {"held_out": 8} | ({"critic_pretrain_steps": 1} if recipe == "ppo_max" else {})
+    report.runs.Job(RECIPES / f"{recipe}.py", {**settings, "steps": 2, "seed": 10}).run(tmp_path)
+    (file,) = tmp_path.glob("*/metrics.jsonl")
+    run = report.curves.Curves(file.parent, 10)
+    assert set(nine.panels) <= set(run.rows[-1])
+    assert np.isfinite([claim.measure({"vanilla": run, "PPO-max": run}) for claim in nine.claims]).all()
+
+
+def test_real_text_gets_its_own_page(report, brought, dialogues_file, tmp_path, monkeypatch):
+    cfg = real_text(report, brought, dialogues_file, tmp_path)
+
+    def write(jobs, root, *, processes=1):
+        for job in jobs:
+            if not job.folder(root).exists():
+                curve = [2.0 + 0.01 * job.settings["seed"]] * 10
+                names = {*report.real_text.PANELS, "accuracy", "eval/accuracy", "pairwise_loss"}
+                write_run(job.folder(root), curve, **dict.fromkeys(names, curve))
+
+    monkeypatch.setattr(report.runs, "run_jobs", write)
+    monkeypatch.setattr(report.real_text, "run_jobs", write)
+    report.real_text.main(cfg)
+    page = (cfg.pages / "index.md").read_text()
+    assert page.count("## Figure ") == 3
+    assert "KL rises sharply | **agrees**" in page
+    assert "the policy stays near the SFT model: KL | **disagrees**" in page
+    assert dialogues_file.parent.as_posix() not in page, "the reader has no use for paths of this machine"
