@@ -96,8 +96,8 @@ def summary(outcomes: Sequence[Outcome]) -> str:
         lines += [
             "",
             f"A true alarm came {q[1]:.0f} steps after the gold reward's peak (quartiles {q[0]:.0f} and "
-            f"{q[2]:.0f}), and {a[1]:.0f} steps before the gold reward had lost {FALL} (quartiles "
-            f"{a[0]:.0f} and {a[2]:.0f}; negative: after).",
+            f"{q[2]:.0f}), and {-a[1]:.0f} steps after the gold reward had lost {FALL} (quartiles "
+            f"{-a[2]:.0f} and {-a[0]:.0f}; a negative number would be before).",
         ]
     return "\n".join(lines)
 

@@ -62,7 +62,7 @@ def _components(subject: Subject) -> dict[str, Any]:
 def _reward(name: str, module: Any, batch: TensorDictBase) -> tuple[Level, str, str]:
     model = module.reward if isinstance(module, RetokenizedReward) else module
     is_model = isinstance(model, RewardModel)
-    fix = "easier prompts, or a reward with more values; equal scores teach nothing"
+    fix = "easier prompts, or a reward with more values; equal scores give no gradient"
     if is_model:
         fix = "train a reward model: recipes/reward_model.py --base ... --pairs ..."
         if not bool(model.model.score.weight.any()):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 METRICS: dict[str, str] = {
     "step": "PPO step, counted from 1",
-    "score": "raw score of the reward, mean over responses that it did not abstain on [reward units]",
+    "score": "raw score of the reward, mean over the responses that it scored [reward units]",
     "gold_score": "gold reward of the same responses, where one exists, mean over responses [gold units]",
     "score_mean": "running mean of the score that ScoreNormalize and ScoreScale hold [reward units]",
     "score_std": "running standard deviation of the score that they hold [reward units]",
@@ -42,13 +42,13 @@ METRICS: dict[str, str] = {
     "response_length_min": "shortest response [tokens]",
     "response_length_max": "longest response [tokens]",
     "response_length_spread": "standard deviation of the lengths [tokens]",
-    "ended_length": "length of the responses that ended by themselves, mean over them [tokens]",
+    "ended_length": "mean length of the responses that ended with an end-of-sequence token [tokens]",
     "advantages_min": "least advantage of an action",
     "advantages_max": "greatest advantage of an action",
     "advantages_spread": "standard deviation of the advantages over actions",
     "equal_group_fraction": "fraction of prompts with several responses whose scores are all equal: groups "
-    "that teach nothing in GRPO and RLOO [0 to 1]",
-    "repetition": "fraction of a response's 3-grams that stand earlier in it, mean over responses [0 to 1]",
+    "without a gradient in GRPO and RLOO [0 to 1]",
+    "repetition": "fraction of a response's 3-grams that occur earlier in it, mean over responses [0 to 1]",
     "distinct_2": "distinct 2-grams of the step's responses over all their 2-grams [0 to 1]",
     "sampler_kl_k1": "KL(sampler, scorer), where sampler_log_probs exist, estimator k1 [nats per token]",
     "sampler_kl_k3": "the same, estimator k3 [nats per token]",
@@ -74,7 +74,7 @@ def metrics_page() -> str:
 `metrics.jsonl` of a run folder holds one object per PPO step. Every average is one sum over one count, \
 over all tokens or all responses of the step and of all ranks; a value that is undefined is NaN. An *action* \
 is a token that the policy chose (`action_mask`), a *trained token* one that is in the loss (`loss_mask`); \
-see [batch.md](batch.md).
+see [the batch](batch.md).
 
 | name | what it is [unit] |
 |---|---|

@@ -23,10 +23,10 @@ def spread_metrics(batch: TensorDictBase) -> dict[str, float]:
 
     - <name>_min, <name>_max, <name>_spread: least, greatest, and standard deviation (unbiased) of score,
       response_length, advantages
-    - ended_length: mean length of the responses that ended by themselves
+    - ended_length: mean length of the responses that ended with an end-of-sequence token
     - equal_group_fraction: fraction of prompts with several responses whose scores are all equal
     - pass_at_<k>: where every score is 0 or 1, fraction of prompts of which one of the k responses has a 1
-    - repetition: fraction of a response's 3-grams that stand earlier in it, mean over responses of three
+    - repetition: fraction of a response's 3-grams that occur earlier in it, mean over responses of three
       tokens or more; distinct_2: distinct 2-grams of all responses over all their 2-grams
     - sampler_kl_k1, sampler_kl_k3, sampler_effective_size: the sampler's log-probabilities against the
       scorer's; KL(sampler, scorer) by two estimators, and (Σw)²/(N Σw²) of w = π_old/π_sampler, 1 where the

@@ -59,7 +59,7 @@ function paint() {
     button.setAttribute("aria-pressed", button.dataset.name === metric);
 }
 
-function tell(node) {
+function showNumbers(node) {
   if (chosen) chosen.classList.remove("chosen");
   chosen = node;
   node.classList.add("chosen");
@@ -75,7 +75,7 @@ function tell(node) {
   $("numbers").replaceChildren(make("p", "", `${step.label}, token ${at + 1}: ${text}`), list);
 }
 
-function show() {
+function showPrompt() {
   const { prompt, steps } = prompts[shown];
   $("prompt").textContent = prompt;
   chosen = null;
@@ -94,14 +94,14 @@ function show() {
   paint();
 }
 
-const near = (event) => event.target instanceof Element && event.target.closest(".token");
-$("cards").addEventListener("pointerover", (event) => { const node = near(event); if (node) tell(node); });
-$("cards").addEventListener("click", (event) => { const node = near(event); if (node) tell(node); });
+const tokenUnder = (event) => event.target instanceof Element && event.target.closest(".token");
+$("cards").addEventListener("pointerover", (event) => { const node = tokenUnder(event); if (node) showNumbers(node); });
+$("cards").addEventListener("click", (event) => { const node = tokenUnder(event); if (node) showNumbers(node); });
 document.addEventListener("keydown", (event) => {
   if (event.target.tagName === "SELECT" || !["ArrowLeft", "ArrowRight"].includes(event.key)) return;
   const all = [...document.querySelectorAll(".token")];
   const at = all.indexOf(chosen) + (event.key === "ArrowRight" ? 1 : -1);
-  if (all[at]) { tell(all[at]); all[at].scrollIntoView({ block: "nearest" }); event.preventDefault(); }
+  if (all[at]) { showNumbers(all[at]); all[at].scrollIntoView({ block: "nearest" }); event.preventDefault(); }
 });
 prompts.forEach(({ prompt, steps }, index) => {
   const line = prompt.replace(/\s+/g, " ").trim().slice(-90);
@@ -109,7 +109,7 @@ prompts.forEach(({ prompt, steps }, index) => {
   node.value = index;
   $("prompts").append(node);
 });
-$("prompts").addEventListener("change", (event) => { shown = Number(event.target.value); show(); });
+$("prompts").addEventListener("change", (event) => { shown = Number(event.target.value); showPrompt(); });
 for (const name of columns()) {
   const button = make("button", "", name);
   button.type = "button";
@@ -118,4 +118,4 @@ for (const name of columns()) {
   $("metrics").append(button);
 }
 metric = columns().includes("advantage") ? "advantage" : columns()[0];
-show();
+showPrompt();
