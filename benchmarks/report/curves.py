@@ -13,6 +13,7 @@ from outcomes import outcome
 
 from ppo_kit.report.curves import smooth
 from ppo_kit.report.history import read_rows, series
+from ppo_kit.report.preference_report import differences_of
 
 WINDOW = 9
 """Steps of the moving average that moments in time (a peak, a collapse) are read from."""
@@ -59,6 +60,11 @@ class Curves:
     def known_end(self, metric: str) -> float | None:
         """The end of a metric that the run logged; None of another."""
         return self.end(metric) if any(metric in row for row in self.rows) else None
+
+    @cached_property
+    def differences(self) -> np.ndarray:
+        """[pairs]: what a reward model gives the preferred answer of a held-out pair minus the other's."""
+        return differences_of(read_rows(self.folder / "held_out.jsonl"), "score")
 
     @cached_property
     def outcome(self) -> dict[str, Any]:

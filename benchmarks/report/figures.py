@@ -40,7 +40,7 @@ class Figure:
         title: what it shows.
         variants: {label: settings} of ppo.py.
         claims: what the report says of it.
-        panels: metrics to draw.
+        panels: metrics to draw over steps; none for a histogram of a reward model's score differences.
         steps: PPO steps of each run, where not the usual number.
         seeds: at most so many seeds, where the runs are long.
     """
@@ -102,6 +102,14 @@ def _accuracy(at: float) -> Any:
     return measure
 
 
+def _difference(of: Any) -> Any:
+    """``of`` the score differences of the reward model's held-out pairs."""
+    return lambda runs: float(of(runs["reward model"].differences))
+
+
+REWARD_MODEL: Settings = {"recipe": "reward_model", "eval_every": 10}
+
+
 def _wins(name: str, kind: str, policy: str = "final") -> Any:
     """Share of answers that win against the SFT model's minus the share that lose."""
 
@@ -112,11 +120,34 @@ def _wins(name: str, kind: str, policy: str = "final") -> Any:
     return measure
 
 
+DIFFERENCE_CLAIMS = (
+    Claim(
+        "the preferred answer has the higher score: the middle of the histogram",
+        _difference(np.median),
+        "positive",
+        "score",
+    ),
+    Claim(
+        "a part of the pairs is ranked wrong: more than one in ten",
+        _difference(lambda differences: np.mean(differences < 0) - 0.1),
+        "positive",
+        "share of pairs above 0.1",
+    ),
+)
+"""Figure 2, of any reward model."""
+
 FIGURES = (
+    Figure(
+        2,
+        "differences of score between the preferred answer and the other",
+        {"reward model": REWARD_MODEL},
+        DIFFERENCE_CLAIMS,
+        (),
+    ),
     Figure(
         3,
         "accuracy of the reward model over its training",
-        {"reward model": {"recipe": "reward_model", "eval_every": 10}},
+        {"reward model": REWARD_MODEL},
         [
             Claim(
                 "held-out accuracy is about 0.65 to 0.7",

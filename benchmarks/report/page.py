@@ -11,6 +11,7 @@ from figures import FIGURES, Figure
 from PIL import Image
 
 from ppo_kit.report import draw_comparison
+from ppo_kit.report.preference_picture import draw_differences
 
 MOST_BYTES = 200_000
 REASONS = Path(__file__).parent / "reasons.json"
@@ -23,9 +24,16 @@ VERDICTS = (
 
 
 def draw(figure: Figure, groups: Mapping[str, Sequence[Path]], pages: Path) -> Path:
-    """Draw the figure's panels, one line per variant with the range over seeds, in at most 200 kB."""
+    """Draw the figure's panels, one line per variant with the range over seeds, in at most 200 kB.
+
+    A figure without panels is a histogram of score differences.
+    """
     path = pages / f"figure_{figure.number:02d}.png"
-    draw_comparison(groups, path, panels=figure.panels, title=f"Figure {figure.number}: {figure.title}")
+    title = f"Figure {figure.number}: {figure.title}"
+    if figure.panels:
+        draw_comparison(groups, path, panels=figure.panels, title=title)
+    else:
+        draw_differences(groups, path, title=title)
     with Image.open(path) as image:
         # Lines on white need few colours; a palette makes the file three times smaller.
         small = image.convert("RGB").resize((1200, round(1200 * image.height / image.width)))

@@ -1,25 +1,25 @@
-"""Figures 3, 4 and 9 on real text: a language model, and preference pairs that people judged.
+"""Figures 2, 3, 4 and 9 on real text: a language model, and preference pairs that people judged.
 
     python benchmarks/report/real_text.py --pairs train.jsonl.gz --held-out-pairs valid.jsonl.gz
     python benchmarks/report/real_text.py --pairs ... --held-out-pairs ... --policy ORG/MODEL --device cuda \
         --train-layers -1 --lr 5e-7 --critic-lr 1.65e-6 --reward-lr 5e-6 --reward-steps 1000 --steps 1000
 
-The defaults are SmolLM2-135M on two cores. A reward model is trained on the pairs (Figure 3), and vanilla PPO
-(Figure 4) and PPO-max (Figure 9) on their prompts with its score. There is no gold reward: people are the
-only judges here, so that of these figures' claims those remain that need none. Runs are kept below --out and
-are not run again; killed, it goes on where it was.
+The defaults are SmolLM2-135M on two cores. A reward model is trained on the pairs (Figures 2 and 3), and
+vanilla PPO (Figure 4) and PPO-max (Figure 9) on their prompts with its score. There is no gold reward on real
+text, so that of these figures' claims those remain that need none. Runs are kept below --out and are not run
+again; killed, it goes on where it was.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import tyro
 from claims import Claim
-from figures import Figure
+from figures import DIFFERENCE_CLAIMS, Figure
 from page import VERDICTS, read_reasons, write_page
 from runs import FIRST_SEED, Runs, job, reproduce
 
@@ -77,7 +77,8 @@ def main(cfg: RealText) -> None:
     reward = reward_figure(cfg)
     scorer = job(reward, "reward model", FIRST_SEED, cfg)
     run_jobs([scorer], cfg.out)
-    reproduce([*ppo_figures(cfg, scorer.folder(cfg.out)), reward], cfg)
+    histogram = replace(reward, number=2, title="differences of score", claims=DIFFERENCE_CLAIMS, panels=())
+    reproduce([*ppo_figures(cfg, scorer.folder(cfg.out)), histogram, reward], cfg)
     command = (
         f"python benchmarks/report/real_text.py --pairs {cfg.pairs.name} --held-out-pairs "
         f"{cfg.held_out_pairs.name} --seeds {cfg.seeds} --steps {cfg.steps} --pages docs/report/real_text"
@@ -217,12 +218,12 @@ def ppo_figures(cfg: RealText, reward: Path) -> tuple[Figure, Figure]:
 
 def intro(cfg: RealText) -> str:
     return (
-        f"Figures 3, 4 and 9 with {cfg.policy} as the policy and a reward model trained on {cfg.pairs.name}: "
-        f"{cfg.reward_steps} steps of reward modelling, {cfg.steps} steps of PPO with {cfg.rollout_size} "
-        f"responses of at most {cfg.max_new_tokens} tokens each, learning rate {cfg.lr:.0e}, the top "
-        f"{cfg.train_layers} layers. The reward model of seed {FIRST_SEED} scores all PPO runs. {VERDICTS} "
-        "There is no gold reward on real text, so what the report says of quality is not decided here. The "
-        "rules, in `benchmarks/report/real_text.py`, were committed before the runs."
+        f"Figures 2, 3, 4 and 9 with {cfg.policy} as the policy and a reward model trained on "
+        f"{cfg.pairs.name}: {cfg.reward_steps} steps of reward modelling, and {cfg.steps} steps of PPO with "
+        f"{cfg.rollout_size} responses of at most {cfg.max_new_tokens} tokens each; learning rate "
+        f"{cfg.lr:.0e}, the top {cfg.train_layers} layers. The reward model of seed {FIRST_SEED} scores all "
+        f"PPO runs. {VERDICTS} There is no gold reward on real text, so what the report says of quality is "
+        "not decided here. The rules, in `benchmarks/report/real_text.py`, were committed before the runs."
     )
 
 

@@ -65,6 +65,32 @@ def draw_preference_report(folder: Path, path: Path | None = None) -> Path:
     return path
 
 
+def draw_differences(groups: Mapping[str, Sequence[Path]], path: Path, *, title: str = "") -> Path:
+    """Draw the score differences of held-out pairs to ``path``, a panel per group: the report's Figure 2.
+
+    Read is held_out.jsonl of each run folder; the pairs of a group's runs are put together.
+
+    Args:
+        groups: {label: run folders of reward models}.
+
+    Raises:
+        ValueError: a group whose runs hold no pair.
+    """
+    figure = Figure(figsize=(6.6 * len(groups), 4.2), dpi=150, facecolor="white", layout="constrained")
+    for axes, (label, folders) in zip(
+        figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True
+    ):
+        pairs = [pair for folder in folders for pair in read_rows(Path(folder) / "held_out.jsonl")]
+        if not pairs:
+            raise ValueError(f"{label}: no pair in held_out.jsonl of {[str(folder) for folder in folders]}")
+        _draw_differences(axes, differences_of(pairs, "score"))
+        if len(groups) > 1:
+            axes.set_title(label, fontsize=10, color=INK, loc="left")
+    figure.suptitle(title, fontsize=11, color=INK)
+    figure.savefig(path)
+    return path
+
+
 def _draw_accuracy(axes: Axes, rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
     style_axes(axes, "share of pairs ranked right")
     if not rows:

@@ -101,7 +101,7 @@ def test_the_tail_of_a_normal_distribution(report, tmp_path):
 
 def test_every_figure_of_the_report_that_is_a_run_is_declared(report):
     numbers = [figure.number for figure in report.figures.FIGURES]
-    assert numbers == [3, 4, 6, 7, 8, 9, 10, 12, 13, 14, 15, 16, 17, 18, 19]
+    assert numbers == [2, 3, 4, 6, 7, 8, 9, 10, 12, 13, 14, 15, 16, 17, 18, 19]
     for figure in report.figures.FIGURES:
         assert figure.claims, figure.number
         assert len(figure.variants) <= 6, "a picture tells six lines apart"
@@ -195,12 +195,16 @@ def test_real_text_gets_its_own_page(report, brought, dialogues_file, tmp_path, 
                 curve = [2.0 + 0.01 * job.settings["seed"]] * 10
                 names = {*report.real_text.PANELS, "accuracy", "eval/accuracy", "pairwise_loss"}
                 write_run(job.folder(root), curve, **dict.fromkeys(names, curve))
+                rows = [{"chosen_score": 1.0 + 0.1 * i, "rejected_score": 1.5} for i in range(20)]
+                (job.folder(root) / "held_out.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
 
     monkeypatch.setattr(report.runs, "run_jobs", write)
     monkeypatch.setattr(report.real_text, "run_jobs", write)
     report.real_text.main(cfg)
     page = (cfg.pages / "index.md").read_text()
-    assert page.count("## Figure ") == 3
+    assert page.count("## Figure ") == 4
     assert "KL rises sharply | **agrees**" in page
+    assert "the middle of the histogram | **agrees** | 0.450" in page
+    assert "more than one in ten | **agrees** | 0.150" in page, "five of twenty differences are below 0"
     assert "the policy stays near the SFT model: KL | **disagrees**" in page
     assert dialogues_file.parent.as_posix() not in page, "the reader has no use for paths of this machine"
