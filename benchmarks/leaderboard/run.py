@@ -38,7 +38,7 @@ class Leaderboard:
     """Names of the algorithms."""
     seeds: int = 10
     """Seeds of each, from 30."""
-    rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
+    rates: tuple[float, ...] = (5e-4, 2e-3)
     """Learning rates to choose from, of the policy and of the critic."""
     tuning_seeds: int = 2
     """Seeds on which the learning rate of an algorithm is chosen, from 100."""
