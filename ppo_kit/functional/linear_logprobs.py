@@ -28,9 +28,9 @@ def linear_token_log_probs(
     computed for a part of the tokens and of the vocabulary at a time. Use it in training and for scoring;
     ``token_log_probs`` is the same number from logits that you have already.
 
-    With ``softcap`` c the logits are c · tanh((hidden · Wᵀ + b) / c) / τ (Gemma 2). Products with W are in
-    the dtype of ``hidden``, or that of ``torch.autocast`` where it is on, as in the model itself; all else is
-    in float32 at least. Where W needs a gradient, the backward pass computes the logits again: one matrix
+    With ``softcap`` c the logits are c · tanh((hidden · Wᵀ + b) / c) / τ (Gemma 2). Products with W read the
+    dtype of ``hidden``, or that of ``torch.autocast`` where it is on; logits are added up and kept in float32
+    at least, as all else. Where W needs a gradient, the backward pass computes the logits again: one matrix
     product more than with all logits stored. Where it needs none (LoRA), the forward pass computes the
     gradient with respect to ``hidden``, which costs no more than with all logits stored. MOSS-RLHF and TRL's
     PPO store all logits.

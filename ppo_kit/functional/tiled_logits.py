@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ppo_kit.functional.float32_product import as_operand, product
 from ppo_kit.functional.masked import at_least_float32
 
 TILE = 2**19
@@ -33,10 +34,11 @@ class Settings(NamedTuple):
 
 
 class _Tile(NamedTuple):
-    """Some rows of the output matrix, in the dtype of the hidden states."""
+    """Some rows of the output matrix, in the dtype of the hidden states; ``operand`` is what logits read."""
 
     start: int
     weight: Tensor
+    operand: Tensor
     bias: Tensor | None
     excluded: Tensor | None
 
@@ -46,12 +48,9 @@ class _Tile(NamedTuple):
         return column.clamp(0, len(self.weight) - 1), (column >= 0) & (column < len(self.weight))
 
     def logits(self, hidden: Tensor, out: Tensor, settings: Settings) -> Tensor:
-        """z [n,columns], written into ``out``."""
+        """z [n,columns] of hidden states as operands, written into ``out``."""
         z = out[: len(hidden) * len(self.weight)].view(len(hidden), len(self.weight))
-        if z.dtype == hidden.dtype:
-            torch.mm(hidden, self.weight.T, out=z)
-        else:
-            z.copy_(hidden @ self.weight.T)
+        product(hidden, self.operand, self.weight.dtype, out=z)
         if self.bias is not None:
             z.add_(self.bias)
         if settings.softcap is not None:
@@ -67,9 +66,11 @@ def _tiles(
     columns = _columns(rows, len(weight))
     for start in range(0, len(weight), columns):
         at = slice(start, start + columns)
+        narrow = weight[at].to(dtype)
         yield _Tile(
             start,
-            weight[at].to(dtype),
+            narrow,
+            as_operand(narrow, dtype),
             None if bias is None else bias[at],
             None if excluded is None else excluded[at],
         )
@@ -108,6 +109,7 @@ class TiledLogProbs(torch.autograd.Function):
         settings: Settings,
     ) -> tuple[Tensor, Tensor]:
         tokens, rows = len(hidden), min(settings.chunk, len(hidden))
+        read = as_operand(hidden, hidden.dtype)
         z_buffer, e_buffer = _buffers(hidden, len(weight), settings, 2)
         # Of softmax(z): running maximum m, Σ e^(z-m), Σ e^(z-m)·(z-m); and the logit of the token.
         maximum, total, weighted, chosen = (z_buffer.new_zeros(tokens) for _ in range(4))
@@ -119,7 +121,7 @@ class TiledLogProbs(torch.autograd.Function):
         for tile in _tiles(weight, bias, excluded, hidden.dtype, rows):
             for start in range(0, tokens, settings.chunk):
                 at = slice(start, start + settings.chunk)
-                z = tile.logits(hidden[at], z_buffer, settings)
+                z = tile.logits(read[at], z_buffer, settings)
                 column, here = tile.here(ids[at])
                 chosen[at] += torch.where(here, z.gather(1, column), 0.0).squeeze(1)
                 old, new = maximum[at], torch.maximum(maximum[at], z.amax(1))
@@ -174,6 +176,7 @@ def _remade(
     settings: Settings = ctx.settings
     hidden, weight, bias, ids, excluded, log_total, entropy, _ = ctx.saved_tensors
     tokens, rows = len(hidden), min(settings.chunk, len(hidden))
+    read = as_operand(hidden, hidden.dtype)
     buffers = _buffers(hidden, len(weight), settings, 3)
     scale = hidden.new_full((tokens, 1), -settings.scale, dtype=buffers[0].dtype)
     if of_entropy is None:
@@ -189,7 +192,7 @@ def _remade(
         own_bias = scale.new_zeros(len(tile.weight))
         for start in range(0, tokens, settings.chunk):
             at = slice(start, start + settings.chunk)
-            z, slope = _logits_and_slope(tile, hidden[at], buffers, settings)
+            z, slope = _logits_and_slope(tile, read[at], buffers, settings)
             z.sub_(log_total[at, None])
             column, here = tile.here(ids[at])
             if of_entropy is None:

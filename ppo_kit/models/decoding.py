@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ppo_kit.models.adapted_linear import adapted_product, is_fused
+from ppo_kit.models.float32_head import rounded_once
 from ppo_kit.models.head import plain_model
 
 
@@ -31,6 +32,7 @@ def decoding(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
             stack.enter_context(_exchanged(model, dtype))
         if dtype == torch.bfloat16:
             stack.enter_context(_cast_once(plain_model(model)))
+            stack.enter_context(rounded_once(plain_model(model)))
         yield
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ppo_kit.functional import token_entropy, token_log_probs
-from ppo_kit.models.head import HeadForm, TokenReader, head_form
+from ppo_kit.models.float32_head import keep_logits_in_float32
+from ppo_kit.models.head import HeadForm, TokenReader, head_form, plain_model
 from ppo_kit.models.sequence import join
 from ppo_kit.modules.base import BatchModule
 
@@ -64,9 +65,10 @@ class Policy(ModelModule):
     r"""``log_probs`` and ``entropy`` of the response tokens under a causal language model.
 
     log π(y_t | x, y_<t) at temperature τ is log softmax(z_t / τ)[y_t], with z_t the float32 logits at
-    position P-1+t, the state before token t. Logits are computed at valid response tokens only, and not
-    stored (``linear_token_log_probs``), where the model's are those of its output matrix on its last hidden
-    states, which is tried at first use; for other models, and sharded weights, all [B,T,V] are stored.
+    position P-1+t, the state before token t; they are added up in float32 whatever the model computes in.
+    Logits are computed at valid response tokens only, and not stored (``linear_token_log_probs``), where the
+    model's are those of its output matrix on its last hidden states, which is tried at first use; for other
+    models, and sharded weights, all [B,T,V] are stored.
 
     Args:
         model: any ``AutoModelForCausalLM``.
@@ -76,7 +78,7 @@ class Policy(ModelModule):
             (rows of the embedding beyond the vocabulary) have probability 0 where responses are sampled and
             where they are scored; policy and reference take the same. None: every row of the head is a token.
         dtype: what the model computes in (``torch.autocast``). With bfloat16 the weights, their gradients and
-            the optimizer's states stay float32, log-softmax too; sampling has to use the same.
+            the optimizer's states stay float32, logits and log-softmax too; sampling has to use the same.
 
     Shapes:
         reads prompt_ids, prompt_mask [B,P], response_ids, response_mask [B,T];
@@ -101,6 +103,8 @@ class Policy(ModelModule):
             raise ValueError(f"temperature: got {temperature}, needs a number above 0")
         if valid_ids is not None and (valid_ids.dtype != torch.bool or valid_ids.ndim != 1):
             raise ValueError(f"valid_ids: got {valid_ids.dtype} {list(valid_ids.shape)}, needs a bool [N]")
+        if dtype == torch.bfloat16:
+            keep_logits_in_float32(plain_model(model))
         self.temperature = temperature
         self.entropy_grad = entropy_grad
         self._form: HeadForm | None = None

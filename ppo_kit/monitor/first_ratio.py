@@ -7,12 +7,19 @@ from tensordict import TensorDictBase
 
 from ppo_kit.batch import present_key
 
+ADVICE = "Sampling and scoring are not one policy: look at masks, position ids, dropout, temperature, dtype"
+
 
 def check_first_ratio(minibatch: TensorDictBase, *, tolerance: float = 1e-2) -> float:
-    """max |log π − log π_old| over the actions, or an error where it exceeds ``tolerance``.
+    """max |log π − log π_old| over the actions, or an error where sampling and scoring differ by more than
+    rounding: one action by more than ``tolerance``, or the mean of all by more than a tenth of it.
 
     Before the first optimizer step of an update both are the same policy, and the ratio is 1 up to rounding.
     Where it is not, sampling and scoring differ: a mask, position ids, dropout, temperature or precision.
+
+    Rounding has a long tail, so a mistake that changes every token a little hides below the largest of a
+    thousand differences, but not in their mean. The mean of n differences may be off by chance: allowed is a
+    tenth of ``tolerance`` times 1 + 4/√n.
 
     Args:
         minibatch: log_probs, old_log_probs, response_ids, action_mask (or response_mask) [B,T]; rollout_row
@@ -20,7 +27,7 @@ def check_first_ratio(minibatch: TensorDictBase, *, tolerance: float = 1e-2) -> 
         tolerance: in nats. Float32 stays below 1e-3; bfloat16 compute needs more.
 
     Raises:
-        ValueError: an action differs by more, or is not finite; the text names the first.
+        ValueError: an action differs by more, or is not finite (the text names the first), or the mean does.
     """
     mask = minibatch[present_key(minibatch, "action_mask")]
     log_probs, old = minibatch["log_probs"].detach(), minibatch["old_log_probs"]
@@ -39,7 +46,13 @@ def check_first_ratio(minibatch: TensorDictBase, *, tolerance: float = 1e-2) -> 
             f"(id {int(minibatch['response_ids'][row, slot])}) has log π "
             f"{log_probs[row, slot]:.5f} and was sampled with log π_old "
             f"{old[row, slot]:.5f} (tolerance {tolerance}; "
-            f"{int(outside.sum())} of {int(mask.sum())} tokens differ). Sampling and scoring are not one "
-            "policy: look at masks, position ids, dropout, temperature, dtype"
+            f"{int(outside.sum())} of {int(mask.sum())} tokens differ). {ADVICE}"
+        )
+    count = max(1, int(mask.sum()))
+    mean, allowed = float(drift.sum()) / count, tolerance / 10 * (1 + 4 / count**0.5)
+    if mean > allowed:
+        raise ValueError(
+            f"the ratio before the first optimizer step is not 1: log π of {count} tokens differs from "
+            f"log π_old by {mean:.5f} on average (tolerance {allowed:.5f}). {ADVICE}"
         )
     return float(drift.max())

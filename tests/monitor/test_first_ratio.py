@@ -49,3 +49,28 @@ def test_the_row_that_is_named_is_the_rollouts():
         check_first_ratio(long)
     with pytest.raises(ValueError, match=r"row 2 of the rollout, token 1 \(id 601\).*2 of 9 tokens differ"):
         check_first_ratio(short)
+
+
+@pytest.mark.parametrize(("each", "refused"), [(0.0011, False), (0.0016, True)])
+def test_a_small_difference_of_every_token_is_no_rounding(each, refused):
+    """Of 64 tokens the mean may be 1.5 tenths of the tolerance; padding is not counted."""
+    mask = torch.arange(100).expand(1, 100) < 64
+    log_probs = torch.where(mask, torch.zeros(1, 100), math.nan)
+    old = torch.where(mask, each * (-1.0) ** torch.arange(100), 7.0)
+    batch = TensorDict({"log_probs": log_probs, "old_log_probs": old, "response_mask": mask}, [1])
+    batch["response_ids"] = torch.zeros(1, 100, dtype=torch.long)
+    if refused:
+        with pytest.raises(ValueError, match=r"of 64 tokens differs.*by 0.00160 on average"):
+            check_first_ratio(batch)
+    else:
+        assert check_first_ratio(batch) == pytest.approx(each)
+
+
+def test_a_single_token_may_be_off_by_half_of_the_tolerance():
+    batch = minibatch([-1.0, -2.0, -3.0])
+    batch["response_mask"] = torch.tensor([[True, False, False]])
+    batch["old_log_probs"][0, 0] = -1.0045
+    assert check_first_ratio(batch) == pytest.approx(0.0045, abs=1e-6)
+    batch["old_log_probs"][0, 0] = -1.0055
+    with pytest.raises(ValueError, match="on average"):
+        check_first_ratio(batch)
