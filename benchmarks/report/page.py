@@ -15,7 +15,8 @@ from ppo_kit.report.preference_picture import draw_differences
 
 MOST_BYTES = 200_000
 REASONS = Path(__file__).parent / "reasons.json"
-"""{figure number: why the sandbox and the report may differ}: written by hand, after the runs."""
+"""{what was changed: {figure number: why the sandbox and the report may differ}}: written by hand, after the
+runs. "" is the figures' own settings."""
 VERDICTS = (
     "A claim is one number per seed. It **agrees** if the 95 % bootstrap interval of its mean over seeds "
     "lies where the claim puts it, **disagrees** if the whole interval lies outside, and is **unclear** "
@@ -43,27 +44,38 @@ def draw(figure: Figure, groups: Mapping[str, Sequence[Path]], pages: Path) -> P
     return path
 
 
-def write_sandbox_page(pages: Path) -> Path:
-    """Write ``index.md`` of the sandbox's figures in ``pages``."""
+def write_sandbox_page(pages: Path, *, steps: int | None = None, rate: float | None = None) -> Path:
+    """Write ``index.md`` of the sandbox's figures in ``pages``.
+
+    Args:
+        steps: PPO steps of the runs, where they are not what the figures say.
+        rate: their learning rate, where it is not the sandbox's.
+    """
     results = read_results(pages)
     numbers = [result["figure"] for result in results]
     everything = numbers == [figure.number for figure in FIGURES]
     which = "--all" if everything else f"--figure {' '.join(map(str, numbers))}"
+    flags = (f" --steps {steps}" if steps else "") + (f" --rate {rate:.0e}" if rate else "")
+    changed = ", ".join(
+        ([f"{steps:,} steps"] if steps else []) + ([f"learning rate {rate:.0e}"] if rate else [])
+    )
+    where = f": {changed}" if changed else ""
     return write_page(
         pages,
-        "The report's figures, rebuilt in the sandbox",
+        f"The report's figures, rebuilt in the sandbox{where}",
         "Each figure of *Secrets of RLHF Part I: PPO* that can be rebuilt here: what varies, what the report "
         f"claims, and whether the sandbox agrees. {VERDICTS} The rules, in `benchmarks/report/figures.py`, "
         "were committed before the runs, and nothing was tuned on these seeds. Of five seeds such an "
         "interval covers the true mean about 84 times in 100, so read the seeds as well (`figure_NN.json`).",
-        f"python benchmarks/report/run.py {which} --seeds {len(results[0]['seeds'])} --pages docs/report",
-        read_reasons(REASONS),
+        f"python benchmarks/report/run.py {which} --seeds {len(results[0]['seeds'])}{flags} --pages {pages}",
+        read_reasons(REASONS, changed),
     )
 
 
-def read_reasons(file: Path) -> dict[str, str]:
-    """The texts of a file like ``REASONS``; none where it does not exist."""
-    return json.loads(file.read_text()) if file.exists() else {}
+def read_reasons(file: Path, changed: str = "") -> dict[str, str]:
+    """{figure number: text} in a file like ``REASONS``; none where it does not exist."""
+    reasons: dict[str, dict[str, str]] = json.loads(file.read_text()) if file.exists() else {}
+    return reasons.get(changed, {})
 
 
 def read_results(pages: Path) -> list[dict[str, Any]]:

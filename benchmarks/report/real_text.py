@@ -2,7 +2,7 @@
 
     python benchmarks/report/real_text.py --pairs train.jsonl.gz --held-out-pairs valid.jsonl.gz
     python benchmarks/report/real_text.py --pairs ... --held-out-pairs ... --policy ORG/MODEL --device cuda \
-        --train-layers -1 --lr 5e-7 --critic-lr 1.65e-6 --reward-lr 5e-6 --reward-steps 1000 --steps 1000
+        --train-layers -1 --rate 1e-6 --reward-lr 5e-6 --reward-steps 1000 --steps 1000
 
 The defaults are SmolLM2-135M on two cores. A reward model is trained on the pairs (Figures 2 and 3), and
 vanilla PPO (Figure 4) and PPO-max (Figure 9) on their prompts with its score. There is no gold reward on real
@@ -27,7 +27,7 @@ from ppo_kit.sweep import run_jobs
 
 PANELS = ("score", "kl", "perplexity", "response_length", "entropy", "value_loss")
 REASONS = Path(__file__).parent / "real_text_reasons.json"
-"""{figure number: what the runs show beside the verdicts}: written by hand, after the runs."""
+"""As ``page.REASONS``, of the runs on real text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +41,10 @@ class RealText(Runs):
     """The SFT policy, and the base of the reward model: smollm2, a folder or a Hub id."""
     seeds: int = 3
     """Seeds of each variant, from 10."""
-    steps: int = 60
+    steps: int | None = 60
     """PPO steps of a run."""
-    lr: float = 1e-4
-    """Learning rate of the policy."""
-    critic_lr: float = 1e-4
-    """Learning rate of the critic."""
+    rate: float | None = 1e-4
+    """Learning rate of policy and critic."""
     reward_steps: int = 110
     """Steps of the reward model."""
     reward_lr: float = 1e-4
@@ -153,8 +151,6 @@ def ppo_figures(cfg: RealText, reward: Path) -> tuple[Figure, Figure]:
         "train_layers": cfg.train_layers,
         "bf16": cfg.bf16,
         "device": cfg.device,
-        "lr": cfg.lr,
-        "critic_lr": cfg.critic_lr,
         "checkpoint_every": 20,
     }
     vanilla = {**shared, "recipe": "vanilla_ppo"}
@@ -221,9 +217,9 @@ def intro(cfg: RealText) -> str:
         f"Figures 2, 3, 4 and 9 with {cfg.policy} as the policy and a reward model trained on "
         f"{cfg.pairs.name}: {cfg.reward_steps} steps of reward modelling, and {cfg.steps} steps of PPO with "
         f"{cfg.rollout_size} responses of at most {cfg.max_new_tokens} tokens each; learning rate "
-        f"{cfg.lr:.0e}, the top {cfg.train_layers} layers. The reward model of seed {FIRST_SEED} scores all "
-        f"PPO runs. {VERDICTS} There is no gold reward on real text, so what the report says of quality is "
-        "not decided here. The rules, in `benchmarks/report/real_text.py`, were committed before the runs."
+        f"{cfg.rate:.0e}, the top {cfg.train_layers} layers. The reward model of seed {FIRST_SEED} scores "
+        f"all PPO runs. {VERDICTS} There is no gold reward on real text, so what the report says of quality "
+        "is not decided here. The rules, in `benchmarks/report/real_text.py`, were committed before the runs."
     )
 
 

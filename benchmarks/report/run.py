@@ -2,6 +2,7 @@
 
     python benchmarks/report/run.py --figure 15 --seeds 5
     python benchmarks/report/run.py --all --pages docs/report
+    python benchmarks/report/run.py --figure 6 8 17 18 --rate 5e-4 --pages docs/report/slower
 
 Runs are kept below --out and are not run again; figures share the runs of equal settings. Killed, it goes on
 where it was. What the report claims and how it is decided: figures.py, written before the runs.
@@ -31,7 +32,7 @@ def main(cfg: Reproduction) -> None:
     if not wanted or set(wanted) - known.keys():
         raise SystemExit(f"--figure: got {wanted}, needs some of {sorted(known)}, or --all")
     reproduce([known[number] for number in wanted], cfg)
-    write_sandbox_page(cfg.pages)
+    write_sandbox_page(cfg.pages, steps=cfg.steps, rate=cfg.rate)
     print(f"Written: {cfg.pages / 'index.md'}")
 
 

@@ -15,6 +15,7 @@ from page import draw
 from ppo_kit.sweep import Job, run_jobs
 
 HERE = Path(__file__).parent
+STEPS = 80
 RECIPES = HERE.parents[1] / "recipes"
 FIRST_SEED = 10
 """The sandbox and the learning rates were chosen on other seeds, so nothing was tuned on these."""
@@ -24,8 +25,10 @@ FIRST_SEED = 10
 class Runs:
     seeds: int = 5
     """Seeds of each variant, from 10."""
-    steps: int = 80
-    """PPO steps of a run, where the figure does not say otherwise."""
+    steps: int | None = None
+    """PPO steps of a run; if not given, what the figure says, 80 in most."""
+    rate: float | None = None
+    """Learning rate of policy and critic, instead of the recipe's; a lower one takes longer to collapse."""
     processes: int = 2
     """Runs at a time: the number of cores to use."""
     out: Path = Path("runs/report")
@@ -58,9 +61,13 @@ def job(figure: Figure, name: str, seed: int, cfg: Runs) -> Job:
     variant = figure.variants[name]
     own = dict(variant)
     recipe = own.pop("recipe", None)
+    if recipe == "reward_model":
+        return Job(RECIPES / "reward_model.py", {**own, "seed": seed})
+    shared: dict[str, Any] = {"steps": cfg.steps or figure.steps or STEPS}
+    if cfg.rate is not None:
+        shared |= {"lr": cfg.rate, "critic_lr": cfg.rate}
     file = HERE / "ppo.py" if recipe is None else RECIPES / f"{recipe}.py"
-    steps = {} if recipe == "reward_model" else {"steps": figure.steps or cfg.steps}
-    return Job(file, {**steps, **own, "seed": seed})
+    return Job(file, {**shared, **own, "seed": seed})
 
 
 def jobs_of(figure: Figure, cfg: Runs) -> list[Job]:
