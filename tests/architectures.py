@@ -11,6 +11,8 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
+PROMPTS = [[3], [4, 5, 6], [7, 8, 9, 10, 11, 12, 13], [9, 10, 11, 12]]
+"""Prompts of different lengths, of tokens that every model here has."""
 SHARED = {"vocab_size": 17, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
           "num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1,
           "eos_token_id": 1}  # fmt: skip

@@ -26,8 +26,11 @@ from transformers import (
 )
 
 from ppo_kit.models import save_model
+from ppo_kit.monitor.metric_names import TIMINGS
+from ppo_kit.report.history import read_rows
 from ppo_kit.sandbox import sandbox_config, sandbox_tokenizer
 from ppo_kit.sandbox.world import PROMPT_OF
+from tests.files import write_rows
 
 VOCABULARY = 17
 FAMILIES = {
@@ -84,7 +87,6 @@ def _save_sandbox_models(folder: Path, *, layers: int) -> tuple[PreTrainedTokeni
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-TIMINGS = {"tokens_per_second", "seconds_rollout", "seconds_score", "seconds_train"}
 SIZES = {"rollout_size": 8, "minibatch_size": 4, "micro_batch_size": 3, "max_new_tokens": 6, "held_out": 8}
 """Of runs that take a second."""
 
@@ -122,7 +124,7 @@ def dialogues_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SFT text, as a user would bring it."""
     file = tmp_path_factory.mktemp("text") / "dialogues.jsonl"
     rows = [{"prompt": text, "chosen": "first boil the water .", "rejected": "sorry ."} for text in PROMPT_OF]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows[:40]))
+    write_rows(file, rows[:40])
     return file
 
 
@@ -133,7 +135,7 @@ def untimed() -> Callable[[Path], list[dict[str, Any]]]:
 
 
 def _untimed(folder: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(folder / "metrics.jsonl")
     return [{key: value for key, value in row.items() if key not in TIMINGS} for row in rows]
 
 

@@ -47,9 +47,9 @@ def token_mean(loss: Tensor, mask: Tensor, *, num_tokens: float | Tensor | None 
 def sequence_mean(loss: Tensor, mask: Tensor, *, num_sequences: float | Tensor | None = None) -> Tensor:
     """Σ over responses of (mean over its valid tokens) / num_sequences: each response weighs the same.
 
-    Use it when every response should count the same, whatever its length. The price is that a token of a long
-    response counts less than one of a short response: a long wrong answer is discouraged less per token, and
-    wrong answers can grow longer.
+    Use it when every response should count the same, whatever its length. The drawback is that a token of a
+    long response counts less than one of a short response: a long wrong answer is discouraged less per token,
+    and wrong answers can grow longer.
 
     The loss of GRPO (Shao et al. 2024, arXiv 2402.03300, (3)).
 

@@ -120,9 +120,9 @@ def kl_penalized_surrogate(
 ) -> Tensor:
     """-ρ_t·A_t + β·KL_t, ρ_t = π(y_t) / π_old(y_t) (PPO-penalty).
 
-    Keeps the new policy near the old one by a price instead of a stop: every token is held back in proportion
-    to β, and none loses its gradient. Use it where many tokens sit in the clipped region and learn nothing. β
-    has to be found for each problem.
+    Keeps the new policy near the old one by a penalty instead of a clip: every token is held back in
+    proportion to β, and none loses its gradient. Use it where many tokens sit in the clipped region and learn
+    nothing. β has to be found for each problem.
 
     Schulman et al. 2017 (arXiv 1707.06347), (8); report (14). The divergence is KL(π_old, π) there; pass the
     per-token estimate or exact value of your choice, with its gradient. MOSS-RLHF has only the clip.

@@ -42,7 +42,7 @@ def place_score(score: Tensor, mask: Tensor) -> Tensor:
 def length_penalty(mask: Tensor, *, per_token: float, free: int = 0) -> Tensor:
     """-per_token·max(0, L - free), L the response's valid tokens: add it to the score.
 
-    Reward models often prefer long answers. A price per token takes that preference away; too high a price
+    Reward models often prefer long answers. A penalty per token removes that preference; too large a penalty
     makes answers short and empty.
 
     The linear cost of length (Singhal et al. 2023, arXiv 2310.03716, study it as a reward). MOSS-RLHF and

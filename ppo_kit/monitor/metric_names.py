@@ -61,6 +61,9 @@ METRICS: dict[str, str] = {
 """Name -> what it is, and its unit: the standard ones, in the order of ``metrics.jsonl``. Others may be
 logged beside them. ``docs/metrics.md`` is ``metrics_page()``."""
 
+TIMINGS = frozenset(name for name in METRICS if name.startswith("seconds_")) | {"tokens_per_second"}
+"""The metrics that depend on the clock: two equal runs differ in them."""
+
 
 def metrics_page() -> str:
     """The text of ``docs/metrics.md``.

@@ -9,14 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ppo_kit.monitor import METRICS
+from ppo_kit.monitor.metric_names import TIMINGS
 from ppo_kit.report.history import read_json, read_rows
 
 if TYPE_CHECKING:
     import torch
 
-TIMINGS = frozenset(name for name in METRICS if name.startswith("seconds_")) | {"tokens_per_second"}
-"""Metrics that no two runs share."""
 STAGES: dict[str, tuple[str, ...]] = {
     "rollout": ("response_length", "truncated_fraction", "perplexity", "entropy"),
     "score": ("score", "gold_score", "abstained_fraction", "kl"),

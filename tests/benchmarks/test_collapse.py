@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.files import write_rows
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "collapse" / "measure.py"
 
@@ -29,7 +30,7 @@ def write(folder: Path, gold: list[float], alarm_at: int | None) -> Path:
         {"step": step, "gold_score": g, "kl": 5.0 * w, "response_length": 40.0 if w else 20.0}
         for step, (g, w) in enumerate(zip(gold, wild, strict=True), 1)
     ]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "metrics.jsonl", rows)
     (folder / "summary.json").write_text("{}")
     return folder
 

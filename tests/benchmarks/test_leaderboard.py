@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from tests.files import write_rows
+
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "leaderboard"
 NAMES = ("algorithm", "frontier", "run")
 
@@ -51,7 +53,7 @@ def write_run(folder: Path, gold: float) -> None:
     folder.mkdir(parents=True)
     names = ("score", "kl", "response_length", "seconds_rollout", "seconds_score", "seconds_train")
     rows = [{"step": s, "gold_score": gold, **dict.fromkeys(names, 0.5)} for s in range(1, 11)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "metrics.jsonl", rows)
     summary = {"before": {"gold_score": 1.0}, "interrupted": False}
     (folder / "summary.json").write_text(json.dumps(summary))
 

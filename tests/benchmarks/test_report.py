@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.files import write_rows
+
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "report"
 RECIPES = FOLDER.parents[1] / "recipes"
 NAMES = ("claims", "curves", "figures", "outcomes", "page", "ppo", "real_text", "run", "runs")
@@ -70,7 +72,7 @@ def write_run(folder: Path, gold: list[float], **metrics: list[float]) -> Path:
     folder.mkdir(parents=True)
     columns = {"gold_score": gold, **metrics}
     rows = [{"step": step + 1, **{k: v[step] for k, v in columns.items()}} for step in range(len(gold))]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "metrics.jsonl", rows)
     before = dict.fromkeys(columns, 1.0)
     (folder / "summary.json").write_text(json.dumps({"before": before, "interrupted": False}))
     return folder

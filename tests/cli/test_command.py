@@ -13,6 +13,7 @@ import pytest
 import ppo_kit
 from ppo_kit.cli.command import COMMANDS, main
 from ppo_kit.cli.recipes import first_line, recipes
+from tests.files import write_rows
 
 HERE = Path(__file__).parent
 
@@ -42,7 +43,7 @@ def run_folder(name: str) -> Path:
     folder = Path(name)
     folder.mkdir()
     rows = [{"step": step, "score": 0.1 * step, "kl": 0.01, "perplexity": 2.0} for step in range(1, 5)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "metrics.jsonl", rows)
     return folder
 
 

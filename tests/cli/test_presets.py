@@ -14,7 +14,7 @@ import yaml
 from ppo_kit.cli.recipe import run_recipe, settings_class
 from ppo_kit.cli.recipes import preset, recipes, recipes_folder
 from ppo_kit.cli.settings_file import read_settings
-from ppo_kit.sandbox.world import PROMPT_OF
+from tests.files import write_prompts
 
 ROOT = Path(__file__).parents[2]
 PRESETS = sorted((recipes_folder() / "presets").glob("*.yaml"))
@@ -57,8 +57,7 @@ def test_the_presets_of_ppo_max_are_those_of_the_page(load):
 def test_a_preset_of_ppo_max_runs(load, save_sandbox_models, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     save_sandbox_models(tmp_path, layers=1)
-    rows = [json.dumps({"prompt": text}) + "\n" for text in list(PROMPT_OF)[:12]]
-    (tmp_path / "prompts.jsonl").write_text("".join(rows))
+    write_prompts(tmp_path / "prompts.jsonl", 12)
     tiny = {"steps": 1, "rollout_size": 4, "minibatch_size": 4, "max_new_tokens": 4, "held_out": 4}
     tiny["ptx_coef"] = 0.0
     flags = ["--preset", name, "--policy", "policy", "--reward", "reward", "--prompts", "prompts.jsonl"]

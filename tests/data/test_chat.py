@@ -218,11 +218,11 @@ def test_one_token_over_the_end_of_the_prompt_and_the_answer_is_said_or_refused(
     dialogues = load_dialogues([{"messages": dialogue("a", "Boil")}], tokenizer, max_tokens=99)
     assert tokenizer.convert_ids_to_tokens(dialogues[0].answer_ids) == [*"Boil", "</s>"]
     assert tokenizer.decode(dialogues[0].prompt_ids) == "U: a</s>A: "
-    assert "answers encoded apart, as one token holds the end of the prompt" in str(dialogues.report)
+    assert "1 answers encoded apart" in str(dialogues.report)
 
 
 def test_a_template_that_reads_parts_alone_is_refused_before_the_first_row() -> None:
-    with pytest.raises(ValueError, match=r"leaves out the text of a user's turn .*list of parts"):
+    with pytest.raises(ValueError, match=r"user.*parts"):
         Encoder(bytes_of(PARTS, **IM), max_tokens=9)
 
 
@@ -230,7 +230,7 @@ def test_a_template_that_needs_a_system_turn_has_it_from_every_row_or_says_so() 
     tokenizer = bytes_of(NEEDS_SYSTEM, **IM)
     rows: list[Any] = [{"prompt": "q", "system": "s"}, {"prompt": "q"}]
     assert len(load_prompts(rows[:1], tokenizer, max_tokens=99)) == 1
-    with pytest.raises(BadRow, match="row:2: refused by the chat template: say who you are"):
+    with pytest.raises(BadRow, match=r"row:2: .*say who you are"):
         load_prompts(rows, tokenizer, max_tokens=99)
 
 

@@ -115,5 +115,5 @@ def test_one_id_in_the_generation_config_is_a_set_of_one() -> None:
 
 def test_a_template_that_takes_no_dialogue_is_named_with_its_own_words() -> None:
     template = "{{ raise_exception('only tools') }}"
-    with pytest.raises(ValueError, match="refuses a dialogue of user and assistant: only tools"):
+    with pytest.raises(ValueError, match="only tools"):
         end_ids(build(template, eos_token="</s>"))

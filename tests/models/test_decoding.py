@@ -161,5 +161,5 @@ def test_a_base_stored_in_bfloat16_computes_the_same_bits(family, tiny_model, ma
     assert {weight.dtype for weight in bases} == {torch.bfloat16}
     merged = lora.merged("policy")
     assert {weight.dtype for weight in merged.values()} == {torch.float32}
-    with pytest.raises(ValueError, match="adapter late: make it before the base is stored in bfloat16"):
+    with pytest.raises(ValueError, match=r"adapter late: .*bfloat16"):
         lora.causal("late")

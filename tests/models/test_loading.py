@@ -129,9 +129,7 @@ def test_whole_folders_of_other_families_load(folder, family):
 def test_an_encoder_decoder_is_no_policy(tmp_path):
     config = AutoConfig.for_model("t5", d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=17)
     AutoModelForSeq2SeqLM.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match="got model type t5, needs a causal language model without an encoder"
-    ):
+    with pytest.raises(ValueError, match="got model type t5, needs a causal"):
         load_causal_lm(str(tmp_path))
 
 

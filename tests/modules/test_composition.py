@@ -142,10 +142,10 @@ def test_moves_to_a_device():
 
 
 def test_objective_refuses_two_losses_of_one_name():
-    with pytest.raises(ValueError, match=r"\['loss_value'\] written by more than one loss"):
+    with pytest.raises(ValueError, match=r"\['loss_value'\].*more than one"):
         Objective(SquaredValueLoss(), ClippedValueLoss())
     Objective(SquaredValueLoss(), SquaredValueLoss(out_keys=["loss_value_2"]))
-    with pytest.raises(KeyError, match=r"total_loss needs a 'loss_\*'; the output holds \['ratio'\]"):
+    with pytest.raises(KeyError, match=r"total_loss .*'loss_\*'.*\['ratio'\]"):
         total_loss(TensorDict({"ratio": torch.zeros(())}))
 
 

@@ -162,7 +162,7 @@ def test_a_hidden_part_is_refused_and_a_chain_is_taken_apart():
         def compute(self, score):
             return score
 
-    with pytest.raises(ValueError, match="ScoreNormalize inside Wrapper would never be updated"):
+    with pytest.raises(ValueError, match="ScoreNormalize inside Wrapper"):
         Shaping(Wrapper())
     nested = Shaping(TensorDictSequential(*parts()[:3]), TensorDictSequential(*parts()[3:]))
     flat = Shaping(*parts())
@@ -173,7 +173,7 @@ def test_a_hidden_part_is_refused_and_a_chain_is_taken_apart():
 
 def test_two_reports_of_one_name_are_refused():
     shape = Shaping(ScoreNormalize(), ScoreScale(in_keys=["shaped_score"]))
-    with pytest.raises(ValueError, match="two parts report 'score_mean', the second is ScoreScale"):
+    with pytest.raises(ValueError, match=r"'score_mean'.*ScoreScale"):
         shape(next(rollouts(1)))
 
 

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from ppo_kit.data import BadRow
 from ppo_kit.monitor import METRICS
+from ppo_kit.report.history import read_rows
 from tests.forked import Forked, script
 
 FOLDER = Path(__file__).parents[2] / "recipes"
@@ -51,7 +52,7 @@ def run(recipe: Callable[[str], Any], brought: dict[str, Any]) -> Callable[..., 
 
 
 def rows(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+    return read_rows(folder / name)
 
 
 @pytest.fixture(scope="module")

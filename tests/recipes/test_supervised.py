@@ -23,6 +23,7 @@ from ppo_kit.engine import LocalEngine
 from ppo_kit.modules import LanguageModelLoss
 from ppo_kit.run.faults import read_fault
 from ppo_kit.training import BatchUpdate, Supervised, SupervisedSettings
+from tests.files import write_rows
 from tests.forked import Forked, fork_ranks, script, wait_for_ranks
 
 BOTH = pytest.mark.parametrize("name", ["sft", "reward_model"])
@@ -214,7 +215,7 @@ def test_no_held_out_prompt_is_trained_on(recipe, given, tmp_path, monkeypatch):
     rows = [{"prompt": f"how do i make {what} ?", "chosen": f"first {how} .", "rejected": "sorry ."}
             for what in ("tea", "rice", "soup") for how in ("boil", "cook", "stir")]  # fmt: skip
     file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(file, rows)
 
     class Watching(Supervised):
         def dialogues(self, *args: Any, **settings: Any) -> Any:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from ppo_kit.report.inspector import MOST_STEPS, write_inspector, write_tokens
+from tests.files import write_rows
 
 EVIL = "</script><script>alert(1)</script><!-- @SCRIPT@ @DATA@ \u2028 é"
 
@@ -26,7 +27,7 @@ def folder(tmp_path: Path) -> Path:
     run = tmp_path / "run <b> @DATA@"
     run.mkdir()
     rows = [samples(step, EVIL if step % 2 else f"once {step}") for step in range(1, 61)]
-    (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(run / "samples.jsonl", rows)
     return run
 
 

@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import pytest
 
 from ppo_kit.report.page import STEPS, write_report
+from tests.files import write_rows
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)> \"'> </div> {{ 7*7 }} & é \u202e"
 
@@ -37,7 +38,7 @@ def folder(tmp_path):
         {"step": step, "scores": [1.0], "samples": [{**said, "response": f"{EVIL} {step}"}]}
         for step in range(1, 101)
     ]
-    (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
+    write_rows(run / "samples.jsonl", samples)
     config = {"seed": 3, "git": EVIL, "changed": {"policy": EVIL}, "versions": {"torch": EVIL}}
     (run / "config.json").write_text(json.dumps(config))
     summary = {"steps": 100, "steps_planned": 100, "seconds": 1.0}

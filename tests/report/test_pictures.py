@@ -11,6 +11,7 @@ from matplotlib.image import imread
 from ppo_kit.report import draw_comparison, draw_dashboard
 from ppo_kit.report.curves import smooth
 from ppo_kit.report.history import read_rows, series
+from tests.files import write_rows
 
 
 def write_run(folder, *, steps=30, seed=0, gold=True, nan_at=(), own=0):
@@ -90,7 +91,7 @@ def test_metrics_of_ones_own_have_panels_below(tmp_path, count):
 def test_a_run_without_responses_has_a_panel_for_each_metric_and_no_other(tmp_path):
     rows = [{"step": step, "grad_norm": 1.0 / step, "sft_loss": 3.0 / step} for step in (1, 2, 3)]
     (tmp_path / "sft").mkdir()
-    (tmp_path / "sft/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "sft/metrics.jsonl", rows)
     high = imread(draw_dashboard(write_run(tmp_path / "ppo", steps=3))).shape[0]
     low = imread(draw_dashboard(tmp_path / "sft")).shape[0]
     assert low == pytest.approx((1.4 + 2.5) * 150, abs=2)

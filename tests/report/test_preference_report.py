@@ -17,6 +17,7 @@ from ppo_kit.report.preference_report import (
     summarize_pairs,
     wilson_interval,
 )
+from tests.files import write_rows
 
 
 def pairs(differences, lengths=None):
@@ -113,7 +114,7 @@ def test_the_hardest_pairs_come_worst_first_and_are_wrong():
 def test_the_picture_from_a_folder(tmp_path, steps):
     draw = np.random.default_rng(0)
     rows = pairs(draw.normal(0.5, 1, 80), draw.integers(-5, 6, 80).tolist())
-    (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "held_out.jsonl", rows)
     with (tmp_path / "metrics.jsonl").open("w") as file:
         for step in range(1, steps + 1):
             held = {"eval/accuracy": 0.6} if step % 20 == 0 else {}

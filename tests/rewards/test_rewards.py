@@ -128,7 +128,7 @@ def test_one_number_a_token(batch):
     values[1, 2] = math.inf
     with pytest.raises(ValueError, match=r"row 1 is \[.*inf"):
         TokenReward(named("dense", lambda *_: values), TOKENIZER)(batch)
-    with pytest.raises(ValueError, match=r"returned shape \[3\], needs \[3, 8\], one number per token"):
+    with pytest.raises(ValueError, match=r"shape \[3\], needs \[3, 8\]"):
         TokenReward(count, TOKENIZER)(batch)
 
 
@@ -151,15 +151,13 @@ def test_processes(batch, importable):
     assert len(module.workers._idle) == 2  # kept, not started anew
     module.workers.close()
     dying = TextReward(importable.dies_on_rice, TOKENIZER, workers=1, processes=True)
-    with pytest.raises(
-        RuntimeError, match="reward dies_on_rice: row 1 ended its worker process; prompt 'how do i"
-    ):
+    with pytest.raises(RuntimeError, match=r"dies_on_rice: row 1 .*prompt 'how do i"):
         dying(batch)
 
 
 def test_a_process_that_ends_without_a_fault_is_named_too(batch, importable):
     module = TextReward(importable.leaves_on_rice, TOKENIZER, workers=2, processes=True)
-    with pytest.raises(RuntimeError, match="reward leaves_on_rice: row 1 ended its worker process"):
+    with pytest.raises(RuntimeError, match="leaves_on_rice: row 1 "):
         module(batch)
 
 
@@ -173,7 +171,7 @@ def test_a_workers_state_is_kept_between_calls(batch, importable, processes):
 
 def test_a_row_that_cannot_be_sent_is_named(batch):
     batch["odd"] = NonTensorStack("a", lambda: None, "b")
-    with pytest.raises(RuntimeError, match=r"reward count: row 1 cannot be sent to a worker: .*lambda"):
+    with pytest.raises(RuntimeError, match=r"count: row 1 .*lambda"):
         TextReward(count, TOKENIZER, workers=1)(batch)
 
 
@@ -193,9 +191,7 @@ def test_a_hung_row_is_named_and_does_not_hold_the_run(batch, importable, proces
     module = TextReward(importable.hangs_on_rice, TOKENIZER, workers=1, timeout=0.3, processes=processes)
     module(batch[:1])
     start = time.monotonic()
-    with pytest.raises(
-        TimeoutError, match=r"reward hangs_on_rice: row 1 took longer than 0.3 s; .*cook rice"
-    ):
+    with pytest.raises(TimeoutError, match=r"hangs_on_rice: row 1 .*0\.3 s.*cook rice"):
         module(batch)
     assert time.monotonic() - start < 5
     assert module(batch[2:])["score"].tolist() == [1.0]  # a new worker
@@ -205,13 +201,11 @@ def test_a_raising_row_is_named(batch):
     def divide(prompts, responses, row):
         return [1 / (len(responses[0].split()) - 1)]
 
-    with pytest.raises(
-        RuntimeError, match=r"reward divide: row 2 raised ZeroDivisionError: .* response 'sure'"
-    ):
+    with pytest.raises(RuntimeError, match=r"divide: row 2 .*ZeroDivisionError: .*'sure'"):
         TextReward(divide, TOKENIZER, workers=1)(batch)
     with pytest.raises(RuntimeError, match="row 0 raised SystemExit"):
         TextReward(named("leave", lambda *_: sys.exit(1)), TOKENIZER, workers=1)(batch)
-    with pytest.raises(RuntimeError, match="row 0 raised ValueError: returned 2 rows for one"):
+    with pytest.raises(RuntimeError, match=r"row 0 raised ValueError: .*2 rows"):
         TextReward(named("two", lambda *_: [1.0, 2.0]), TOKENIZER, workers=1)(batch)
 
 

@@ -27,6 +27,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from ppo_kit import report
 from ppo_kit.models import save_model
+from ppo_kit.monitor.metric_names import TIMINGS
+from ppo_kit.report.history import read_rows
 from ppo_kit.run import checkpoint
 from ppo_kit.run.checkpoint import has_checkpoint, load_checkpoint
 from ppo_kit.sandbox import sandbox_config, sandbox_tokenizer
@@ -41,7 +43,6 @@ RECIPES = {
     "grpo": functools.partial(grpo.GRPOSettings, samples=2),
 }
 MAINS = {"ppo_max": ppo_max.main, "grpo": grpo.main}
-TIMINGS = {"tokens_per_second", "seconds_rollout", "seconds_score", "seconds_train"}
 
 
 def user(folder: Path) -> dict[str, object]:
@@ -127,7 +128,7 @@ def _die_while_saving(at: int) -> None:
 
 def content(folder: Path) -> tuple[object, ...]:
     """What has to be equal: metrics without timings, samples, the last checkpoint, the policy."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(folder / "metrics.jsonl")
     untimed = [{key: value for key, value in row.items() if key not in TIMINGS} for row in rows]
     step, state = load_checkpoint(folder / "checkpoints")
     state["run"].pop("seconds")

@@ -12,6 +12,7 @@ import torch
 from ppo_kit.cli.command import main
 from ppo_kit.run.bisect import explain, first_difference
 from ppo_kit.run.checkpoint import save_checkpoint
+from tests.files import write_rows
 
 
 def write(folder: Path, changes: dict[int, dict[str, Any]] | None = None, weight: float = 0.0) -> Path:
@@ -22,7 +23,7 @@ def write(folder: Path, changes: dict[int, dict[str, Any]] | None = None, weight
         | (changes or {}).get(step, {})
         for step in range(1, 5)
     ]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "metrics.jsonl", rows)
     settings = {"lr": 0.1, "out": str(folder)}
     (folder / "config.json").write_text(json.dumps({"settings": settings, "versions": {"torch": "2"}}))
     for step in (2, 4):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -25,10 +24,11 @@ from ppo_kit.modules import (
     minibatches,
     total_loss,
 )
+from ppo_kit.report.history import read_rows
 from ppo_kit.run import Run, check_finite
 from ppo_kit.run.__main__ import main as command
-from ppo_kit.sandbox.world import PROMPT_OF
 from ppo_kit.training import Session
+from tests.files import write_prompts
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 import ppo_max
@@ -40,8 +40,7 @@ NAN = float("nan")
 def user(save_sandbox_models, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     folder = tmp_path_factory.mktemp("user")
     save_sandbox_models(folder, layers=1)
-    texts = list(PROMPT_OF)[:20]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    write_prompts(folder / "prompts.jsonl", 20)
     return {
         "policy": str(folder / "policy"),
         "reward": (str(folder / "reward"),),
@@ -170,7 +169,7 @@ def test_a_fault_is_skipped_where_the_user_says_so(user, cast, tmp_path, fault):
     cast(FAULTS[fault][0])
     out = tmp_path / "run"
     assert ppo_max.main(ppo_max.PPOMax(**user, out=out, skip_faults=1)) == 0
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(out / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 3]
     assert all(value is not None for row in rows for value in row.values())
     saved = torch.load(out / "checkpoints/step-000003/state.pt", weights_only=True)
@@ -259,7 +258,7 @@ def test_replay_refuses_what_no_run_wrote(tmp_path, capsys, content):
 def test_odd_batches_train(user, tmp_path, sizes):
     out = tmp_path / "run"
     assert ppo_max.main(ppo_max.PPOMax(**{**user, **sizes, "critic_pretrain_steps": 1}, out=out)) == 0
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(out / "metrics.jsonl")
     assert len(rows) == 3
     assert all(row["grad_norm"] is not None for row in rows)
     if "max_new_tokens" in sizes:

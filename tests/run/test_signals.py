@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import pty
+import re
 import signal
 import sys
 import threading
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from ppo_kit.report.history import read_rows
 from ppo_kit.run import Run
 from ppo_kit.run.signals import StopOnSignal
 from tests.forked import Forked
@@ -50,7 +52,7 @@ def test_a_signal_ends_the_run_after_its_step(start, tmp_path, number):
     assert process.returncode == 128 + number, errors
     assert f"{number.name}: ending after this step" in errors
     assert "Traceback" not in errors
-    steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in read_rows(tmp_path / "run/metrics.jsonl")]
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["interrupted"] is True
     assert summary["steps"] == len(steps) == steps[-1] < summary["steps_planned"] == 10_000
@@ -150,7 +152,7 @@ def test_an_interrupted_run_without_a_checkpoint_does_not_promise_one(toy, tmp_p
             signal.raise_signal(signal.SIGINT)
         run.finish({}, {})
     said = capsys.readouterr().out
-    assert "Interrupted after step 1 of 6; no checkpoint was saved; start again with --out" in said
+    assert re.search("step 1 of 6; .*--out", said)
     assert "--resume" not in said
 
 

@@ -8,9 +8,7 @@ import torch
 from ppo_kit.data import pad_prompts
 from ppo_kit.models import Policy
 from ppo_kit.sampling import Sampling, rollout
-from tests.architectures import WITH_CACHE, tiny
-
-PROMPTS = [[3], [4, 5, 6], [7, 8, 9, 10, 11, 12, 13], [9, 10, 11, 12]]
+from tests.architectures import PROMPTS, WITH_CACHE, tiny
 
 
 @pytest.mark.parametrize("model_type", WITH_CACHE)

@@ -132,7 +132,7 @@ def test_first_ratio_names_the_token_that_differs(tiny_model, make_batch):
 def test_another_temperature_is_caught_by_the_first_ratio(tiny_model, make_batch):
     model = tiny_model("llama")
     batch = rollout(Policy(model, temperature=0.5), starts(make_batch), Sampling(8), end_ids={EOS}, seeds=0)
-    with pytest.raises(ValueError, match="ratio before the first optimizer step is not 1"):
+    with pytest.raises(ValueError, match=r"ratio .* is not 1"):
         check_first_ratio(Policy(model)(batch))
 
 

@@ -13,9 +13,7 @@ from ppo_kit.data import pad_prompts
 from ppo_kit.models import Policy
 from ppo_kit.sampling import Sampling, decode, reader, rollout
 from ppo_kit.sampling.cache import BlockLayer, is_movable
-from tests.architectures import WITH_CACHE, tiny
-
-PROMPTS = [[3], [4, 5, 6], [7, 8, 9, 10, 11, 12, 13], [9, 10, 11, 12]]
+from tests.architectures import PROMPTS, WITH_CACHE, tiny
 
 
 def sampled(policy, prompts, *, length=24, settings=None, ends=(1, 2)):

@@ -13,8 +13,8 @@ from ppo_kit.models import Policy
 from ppo_kit.monitor import check_first_ratio
 from ppo_kit.sampling import Sampling, reader, rollout
 from ppo_kit.sampling.llama import SmallLlama, is_small_llama
+from tests.architectures import PROMPTS
 
-PROMPTS = [[3], [4, 5, 6], [7, 8, 9, 10, 11, 12, 13], [9, 10, 11, 12]]
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 16, "rope_theta": 10000.0}  # fmt: skip
 

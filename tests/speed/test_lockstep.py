@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from lockstep.work import work_of
 
 from ppo_kit.data import pad_prompts
 from ppo_kit.models import Policy, load_causal_lm, load_tokenizer
+from ppo_kit.report.history import read_rows
 from ppo_kit.sampling import Sampling, rollout
 
 SMALL = Case("small", 8, 5, 12, 3, minibatch=8, layers=2, hidden=64, vocabulary=64)
@@ -26,7 +26,7 @@ SMALL = Case("small", 8, 5, 12, 3, minibatch=8, layers=2, hidden=64, vocabulary=
 def test_responses_have_the_lengths_of_the_case(tmp_path):
     counting_case(SMALL, tmp_path)
     tokenizer = load_tokenizer(str(tmp_path / "policy"))
-    texts = [json.loads(line)["prompt"] for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
+    texts = [row["prompt"] for row in read_rows(tmp_path / "prompts.jsonl")]
     prompts = pad_prompts([tokenizer(text)["input_ids"] for text in texts], 0)
     assert prompts["prompt_mask"].sum(1).tolist() == [SMALL.prompt] * SMALL.batch
     policy = Policy(load_causal_lm(str(tmp_path / "policy"), dtype=torch.float32))

@@ -14,8 +14,10 @@ import pytest
 from tensordict.nn import TensorDictSequential
 
 from ppo_kit import models, modules
+from ppo_kit.report.history import read_rows
 from ppo_kit.sandbox.world import PROMPT_OF
 from ppo_kit.training import PPOSettings, Session
+from tests.files import write_rows
 from tests.forked import Forked, script
 
 ROOT = Path(__file__).parents[2]
@@ -90,7 +92,7 @@ def test_the_three_variants_run_from_an_empty_folder(brought, tmp_path):
         (tmp_path / name).write_text(block)
     texts = enumerate(list(PROMPT_OF)[:12])
     rows = [{"prompt": text, "answer": n if n % 2 else None} for n, text in texts]
-    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "sums.jsonl", rows)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     sizes = ["--steps", "2", "--rollout-size", "4", "--minibatch-size", "4", "--max-new-tokens", "4",
              "--held-out", "2", "--policy", brought["policy"], "--prompts", "sums.jsonl"]  # fmt: skip
@@ -104,7 +106,7 @@ def test_the_three_variants_run_from_an_empty_folder(brought, tmp_path):
         else:
             process = Forked(script(tmp_path / f"{name}.py", *flags), tmp_path / "log", cwd=tmp_path)
             assert process.wait(120) == 0, process.printed()
-        logged = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        logged = read_rows(tmp_path / name / "metrics.jsonl")
         assert len(logged) == 2
         assert all({"score_correct", "score_brevity", "abstained_fraction"} <= row.keys() for row in logged)
         assert ("soft_loss" in logged[0]) == (name == "soft_clip")

@@ -13,6 +13,7 @@ from tensordict import TensorDict
 from ppo_kit.cli.command import main
 from ppo_kit.engine.optimizer import NotFinite
 from ppo_kit.modules import GAE, ClippedSurrogate, KLPenalty, PlaceScore, SquaredValueLoss
+from ppo_kit.report.history import read_rows
 from ppo_kit.report.inspector import write_inspector
 from ppo_kit.run.faults import write_fault
 from ppo_kit.sandbox import sandbox_tokenizer
@@ -61,7 +62,7 @@ def test_a_run_keeps_some_responses_by_token(brought, tmp_path, capsys):
     for step in run.steps():
         batch = shape(run.experience(step))
         run.log(step, batch, update(batch))
-    rows = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    rows = read_rows(tmp_path / "run" / "samples.jsonl")
     kept = [[sample for sample in row["samples"] if "tokens" in sample] for row in rows]
     assert [len(each) for each in kept] == [2, 2, 2]
     tokens = kept[0][0]["tokens"]
