@@ -36,6 +36,7 @@ class Wrappable(Protocol):
     def wrapped(self) -> Callable[..., Any] | None: ...
     def wrap(self, call: Callable[..., Any] | None) -> None: ...
     def checkpoint_activations(self) -> None: ...
+    def compile_layers(self) -> None: ...
 
 
 class Stateful(Protocol):
@@ -178,7 +179,8 @@ class Engine(ABC):
     @contextmanager
     def generating(self, module: Wrappable) -> Iterator[None]:
         """Sampling mode: the plain forward where weights are whole (a compiled one would be compiled for each
-        length of the cache), and no gradient checkpointing (it would switch the cache off).
+        length of the cache, a wrapped one is for training), and no gradient checkpointing (it would switch
+        the cache off).
         """
         training, wrapped = module.model.training, module.wrapped
         module.model.eval()

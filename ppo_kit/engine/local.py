@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import shutil
+import sys
+import sysconfig
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,18 +40,21 @@ class LocalEngine(Engine):
         if given:
             raise ValueError(f"{', '.join(given)}: needs --engine deepspeed, and the engine is local")
         super().__init__(settings, device_of(settings))
+        if settings.compile:
+            _check_compiler(self.device)
 
     def place(self, *modules: nn.Module) -> None:
         for module in modules:
             module.to(self.device)
+            if self.settings.compile:
+                for each in module.modules():
+                    if isinstance(each, Wrappable):
+                        each.compile_layers()
 
     def optimizer(self, module: nn.Module, **settings: Any) -> Optimizer:
         self.place(module)
-        if isinstance(module, Wrappable):
-            if self.settings.gradient_checkpointing:
-                module.checkpoint_activations()
-            if self.settings.compile:
-                module.wrap(torch.compile(module.network, dynamic=True))
+        if isinstance(module, Wrappable) and self.settings.gradient_checkpointing:
+            module.checkpoint_activations()
         return Optimizer(module, **settings)
 
     def backward(self, loss: Tensor) -> None:
@@ -56,3 +65,25 @@ class LocalEngine(Engine):
 
     def load_state_dict(self, part: Stateful, state: Mapping[str, Any]) -> None:
         part.load_state_dict(dict(state))
+
+    @contextmanager
+    def generating(self, module: Wrappable) -> Iterator[None]:
+        plain = torch.compiler.set_stance("force_eager") if self.settings.compile else nullcontext()
+        with plain, super().generating(module):
+            yield
+
+
+def _check_compiler(device: torch.device) -> None:
+    """Refuse ``compile`` where ``torch.compile`` lacks what it makes code with."""
+    missing = None
+    if device.type == "cuda":
+        missing = None if find_spec("triton") else "Triton (pip install triton)"
+    else:
+        name = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+        header = Path(sysconfig.get_path("include"), "Python.h")
+        if shutil.which(name) is None:
+            missing = f"a C++ compiler (there is no {name} on the PATH; CXX may name another)"
+        elif not header.is_file():
+            missing = f"the headers of Python (there is no {header}; on Debian, apt install python3-dev)"
+    if missing is not None:
+        raise ValueError(f"--compile: torch.compile needs {missing}; or leave --compile out")

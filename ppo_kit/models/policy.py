@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ppo_kit.functional import token_entropy, token_log_probs
+from ppo_kit.models.compiled import compile_layers
 from ppo_kit.models.float32_head import keep_logits_in_float32
 from ppo_kit.models.head import HeadForm, TokenReader, head_form, plain_model
 from ppo_kit.models.sequence import join
@@ -42,7 +43,7 @@ class ModelModule(BatchModule):
         return self.model
 
     def wrap(self, call: Callable[..., Any] | None) -> None:
-        """Compute through ``call`` from now on: ``network`` in a DeepSpeed engine, torch.compile, DDP; None
+        """Compute through ``call`` from now on: ``network`` in a DeepSpeed engine, DDP; None
         goes back. Parameters and state stay those of ``model``, under the same names.
         """
         # A bound method, so that the wrapper is not registered as a second copy of the model.
@@ -55,6 +56,10 @@ class ModelModule(BatchModule):
     def checkpoint_activations(self) -> None:
         """Recompute activations in the backward pass; see the function of this name."""
         checkpoint_activations(self.model)
+
+    def compile_layers(self) -> None:
+        """Score and train through ``torch.compile``, layer by layer; see the function of this name."""
+        compile_layers(self.model)
 
     def autocast(self) -> torch.autocast:
         """The context in which the model computes in ``dtype``."""

@@ -117,38 +117,18 @@ def test_sampling_has_a_cache_all_the_same(tiny_model):
     assert policy.model.training
 
 
-def test_a_compiled_forward_trains_and_the_plain_one_samples(tiny_model, monkeypatch):
-    compiled = []
-
-    def compile(module, **settings):
-        assert settings == {"dynamic": True}
-        return lambda **inputs: compiled.append(1) or module(**inputs)
-
-    monkeypatch.setattr(torch, "compile", compile)
-    policy, critic = Policy(tiny_model("llama")), Critic(tiny_model("llama", scalar=True))
-    plain = gradients(LocalEngine(EngineSettings(device="cpu")), policy, critic)
-    plain = [gradient.clone() for gradient in plain]
-    for module in (policy, critic):
-        module.zero_grad()
-    engine = LocalEngine(EngineSettings(device="cpu", compile=True))
-    for mine, theirs in zip(plain, gradients(engine, policy, critic), strict=True):
-        torch.testing.assert_close(mine, theirs)
-    assert len(compiled) == 4
-    with engine.generating(policy):
-        policy(a_batch())
-    assert len(compiled) == 4
-    assert [key for key in policy.state_dict() if not key.startswith("model.")] == []
-
-
-@pytest.mark.slow
-def test_the_compiler_itself(tiny_model):
-    policy, critic = Policy(tiny_model("llama")), Critic(tiny_model("llama", scalar=True))
-    plain = [g.clone() for g in gradients(LocalEngine(EngineSettings(device="cpu")), policy, critic)]
-    for module in (policy, critic):
-        module.zero_grad()
-    engine = LocalEngine(EngineSettings(device="cpu", compile=True))
-    for mine, theirs in zip(plain, gradients(engine, policy, critic), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+def test_a_compiler_that_is_missing_is_named(monkeypatch, tmp_path):
+    settings = EngineSettings(device="cpu", compile=True)
+    monkeypatch.setattr("ppo_kit.engine.local.sysconfig.get_path", lambda name: str(tmp_path))
+    monkeypatch.setenv("CXX", "python3")
+    monkeypatch.setattr("ppo_kit.engine.local.shutil.which", lambda name: name)
+    with pytest.raises(ValueError, match=r"--compile: .* needs the headers of Python"):
+        LocalEngine(settings)
+    (tmp_path / "Python.h").touch()
+    LocalEngine(settings)
+    monkeypatch.setattr("ppo_kit.engine.local.shutil.which", lambda name: None)
+    with pytest.raises(ValueError, match=r"needs a C\+\+ compiler \(there is no python3 on the PATH"):
+        LocalEngine(settings)
 
 
 def test_what_a_wrapper_computes_is_saved_as_the_model(tiny_model):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -57,4 +57,10 @@ CASES = {
                  recipe="ppo_max", settings=LORA, model="smollm2", iterations=3),
     "lora16": Case("the same in bfloat16", 8, 160, 32, 32, minibatch=8, vocabulary=49_152, recipe="ppo_max",
                    settings={**LORA, "bf16": True}, model="smollm2", iterations=3),
+}  # fmt: skip
+
+CASES |= {
+    f"{name}-compiled": replace(CASES[name], text=f"{CASES[name].text}, ours with --compile",
+                                settings={"compile": True})
+    for name in ("a", "b", "c", "d")
 }  # fmt: skip
