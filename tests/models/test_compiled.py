@@ -148,7 +148,7 @@ def test_the_compiler_itself(tiny_model, make_batch):
         engine = LocalEngine(EngineSettings(device="cpu", compile=True))
     except ValueError as missing:
         pytest.skip(str(missing))
-    cases, policy = list(batches(make_batch)), Policy(tiny_model("llama", num_hidden_layers=1))
+    cases, policy = list(batches(make_batch)), Policy(tiny_model("llama"))
     right = [trained(policy, batch) for batch in cases]
     found = []
     with config.patch(force_disable_caches=True):
