@@ -60,5 +60,6 @@ def _call(plain: Callable[..., Any], compiled: Callable[..., Any], *args: Any, *
         return plain(*args, **kwargs)
     # Otherwise a length that equals another size when it is compiled would count as the same size, and what a
     # run computes would depend on which length came first.
-    with symbolic_sizes.patch(use_duck_shape=False):
+    config: Any = symbolic_sizes
+    with config.patch(use_duck_shape=False):
         return compiled(*args, **kwargs)

@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from ppo_kit.engine import EngineSettings, LocalEngine
-from ppo_kit.models import Critic, LoRA, Policy, Reference
+from ppo_kit.models import Critic, LoRA, Policy, Reference, freeze_below
 from ppo_kit.models.compiled import compile_layers
 from ppo_kit.sampling import Sampling, rollout
 
@@ -132,6 +132,20 @@ def test_adapters_switch_and_train(tiny_model, make_batch, counter, recompute):
         torch.testing.assert_close(found, off, rtol=1e-4, atol=1e-5)
         assert_equal(trained(policy, batch), expected)
     assert counter.frame_count >= 2
+
+
+def test_bfloat16_and_frozen_layers(tiny_model, make_batch, counter):
+    policy = Policy(tiny_model("llama"), dtype=torch.bfloat16)
+    freeze_below(policy.model, 1)
+    cases = list(batches(make_batch))[-2:]
+    right = [trained(policy, batch) for batch in cases]
+    policy.compile_layers()
+    for batch, expected in zip(cases, right, strict=True):
+        found = trained(policy, batch)
+        assert len(found) == len(expected) == 1 + 9  # the weights of a layer
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=0.05, atol=0.05 * float(other.abs().max()))
+    assert counter.frame_count == 4  # the frozen layer and the trained one
 
 
 def test_models_without_layers_are_refused():
