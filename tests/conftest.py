@@ -65,7 +65,7 @@ def _one_thread() -> None:
 @pytest.fixture(autouse=True)
 def _no_memory_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run's own message on memory takes half of a tiny run's time; tests/memory tests the estimate."""
-    monkeypatch.setattr("ppo_kit.training.session.log_memory", lambda *arguments, **wanted: None)
+    monkeypatch.setattr("ppo_kit.training.experience.log_memory", lambda *arguments, **wanted: None)
 
 
 @pytest.fixture(scope="session")

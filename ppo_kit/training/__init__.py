@@ -6,6 +6,7 @@ from ppo_kit.lazy import load_on_first_use
 
 if TYPE_CHECKING:
     from ppo_kit.training.batch_update import BatchUpdate
+    from ppo_kit.training.experience import Experience
     from ppo_kit.training.loop import Loop
     from ppo_kit.training.pair_report import report_pairs
     from ppo_kit.training.session import Session
@@ -24,6 +25,7 @@ else:
 
 __all__ = [
     "BatchUpdate",
+    "Experience",
     "Loop",
     "OptimizerSettings",
     "PPOSettings",

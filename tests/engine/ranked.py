@@ -51,7 +51,7 @@ def do(job: dict[str, Any]) -> int:
     settings = {key: Path(value) if key in PATHS else value for key, value in job["settings"].items()}
     # The memory estimate and the pictures take most of a tiny run's time.
     with (
-        mock.patch("ppo_kit.training.session.log_memory"),
+        mock.patch("ppo_kit.training.experience.log_memory"),
         mock.patch("ppo_kit.report.draw_dashboard"),
         CHANGES[job.get("change", "none")](),
     ):
