@@ -31,7 +31,7 @@ class RunSettings:
     out: Path | None = None
     """Run folder; runs/<recipe>-seed<seed> if not given."""
     threads: int = 1
-    """CPU threads of torch. 1 is fastest for the sandbox's models, the number of cores for real ones."""
+    """CPU threads of torch: as many as cores are free; threads that share a core wait for each other."""
     resume: bool = False
     """Continue the run in --out (or the newest default folder) from its last checkpoint."""
     checkpoint_every: int = 0
