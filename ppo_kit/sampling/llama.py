@@ -1,4 +1,4 @@
-"""A small Llama that reads a token of each row in few, fused operations."""
+"""A Llama that reads a token of each row in few, fused operations."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding, pad, rms_norm, silu
+from torch.nn.functional import embedding, pad, rms_norm, scaled_dot_product_attention, silu
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
@@ -18,45 +18,59 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from ppo_kit.models.policy import Policy
+from ppo_kit.sampling.products import Product, can_pack, prepared
 
-LARGEST = 2**23
-"""Weights are copied into one matrix per operation. In larger models matrix products take the time."""
+COPIED = 2**23
+"""Weights of a model of which a copy needs no memory to speak of."""
 KNOWN = {LlamaForCausalLM, LlamaModel, LlamaDecoderLayer, LlamaAttention, LlamaMLP, LlamaRMSNorm,
          LlamaRotaryEmbedding, nn.Embedding, nn.Linear, nn.ModuleList, type(nn.SiLU())}  # fmt: skip
 
 
 class Layer(NamedTuple):
-    """norms [H]; matrices [in,out]; keys [B,heads,D,room], values [B,heads,room,D] of the tokens read."""
+    """norms [H]; products; keys and values [B,heads,room,D] of the tokens read, keys perhaps transposed."""
 
     norm: Tensor
-    qkv: Tensor
-    out: Tensor
+    qkv: Product
+    out: Product
     mlp_norm: Tensor
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Product
+    down: Product
     keys: Tensor
     values: Tensor
 
 
-def is_small_llama(policy: Policy) -> bool:
-    """Whether ``SmallLlama`` computes what the model does: a plain float32 one of transformers, on a CPU."""
+def can_be_fused(policy: Policy) -> bool:
+    """Whether ``FusedLlama`` computes what the model does: a plain float32 one of transformers, on a CPU.
+
+    Its weights are copied, in the dtype of the products. That is as much as their gradients take, of which
+    there are none while responses are sampled; so a model in which little is trained has to be small.
+    """
     model = policy.model
     rope = getattr(model.base_model, "rotary_emb", None)
+    own_head = model.get_output_embeddings() if policy.dtype == torch.bfloat16 else None
     return (
         type(model) is LlamaForCausalLM
         and type(policy).network is Policy.network
         and type(policy).call is Policy.call
         and policy.wrapped is None
         and model.device.type == "cpu"
-        and policy.dtype == torch.float32
-        and sum(weight.numel() for weight in model.parameters()) <= LARGEST
         and all(
             weight.dtype == torch.float32 and "bias" not in name for name, weight in model.named_parameters()
         )
+        and _may_be_copied(model, policy.dtype)
         # Adapters and quantized layers are of other types; a hook sees the model's own forward alone.
-        and all(_is_plain(module) for module in model.modules())
+        and all(_is_plain(module) for module in model.modules() if module is not own_head)
         and getattr(rope, "rope_type", None) in ("default", "linear", "llama3")
     )
+
+
+def _may_be_copied(model: nn.Module, dtype: torch.dtype) -> bool:
+    if dtype == torch.bfloat16:  # otherwise autocast would keep a copy
+        return can_pack(dtype)
+    weights = list(model.parameters())
+    copied = sum(weight.numel() for weight in weights)
+    trained = sum(weight.numel() for weight in weights if weight.requires_grad)
+    return copied <= (max(COPIED, trained) if can_pack(dtype) else COPIED)
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -65,44 +79,59 @@ def _is_plain(module: nn.Module) -> bool:
     return known and not seen
 
 
-class SmallLlama:
+class FusedLlama:
     """``model`` after the tokens in ``cache``; its logits differ from the model's by rounding.
 
-    Keys are held transposed, which a product with a single query reads faster.
+    In float32, keys are held transposed, which a product with a single query reads faster. In bfloat16,
+    numbers are rounded where autocast rounds those of the model, and the model's own head makes the logits.
 
     Args:
         cache: a ``DynamicCache``, which is copied. mask: [B,L] int64, 0 at padding, or None.
-        positions: how many there will be at most.
+        positions: how many there will be at most. dtype: what the model computes in.
     """
 
-    def __init__(self, model: Any, cache: Any, mask: Tensor | None, positions: int) -> None:
-        self.model, config = model, model.config
+    def __init__(
+        self, model: Any, cache: Any, mask: Tensor | None, positions: int, dtype: torch.dtype
+    ) -> None:
+        self.model, self.dtype, config = model, dtype, model.config
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.seen = cache.get_seq_length()
+        self.seen, self.positions = cache.get_seq_length(), positions
         self.bias = None if mask is None else torch.zeros(mask.shape).masked_fill_(mask == 0, -torch.inf)
         each = torch.arange(positions)[None]
         cos, sin = model.model.rotary_emb(model.model.embed_tokens.weight, each)
         half = cos.shape[-1] // 2
         self.cos = cos[0]
         self.sin = torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)
-        self.head = model.lm_head.weight.t().contiguous()
+        self.attend = self._attend if dtype == torch.float32 else self._attend_in_bfloat16
+        self.head = prepared(model.lm_head.weight) if dtype == torch.float32 else model.lm_head
         self.layers = [
             self._layer(layer, held) for layer, held in zip(model.model.layers, cache.layers, strict=True)
         ]
 
     def _layer(self, layer: Any, held: Any) -> Layer:
-        attention, mlp = layer.self_attn, layer.mlp
-        query = attention.q_proj.weight * attention.scaling
+        attention, mlp, float32 = layer.self_attn, layer.mlp, self.dtype == torch.float32
+        query = attention.q_proj.weight * (attention.scaling if float32 else 1.0)
         return Layer(
             layer.input_layernorm.weight,
-            torch.cat([query, attention.k_proj.weight, attention.v_proj.weight]).t().contiguous(),
-            attention.o_proj.weight.t().contiguous(),
+            self._prepared(query, attention.k_proj.weight, attention.v_proj.weight),
+            self._prepared(attention.o_proj.weight),
             layer.post_attention_layernorm.weight,
-            torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).t().contiguous(),
-            mlp.down_proj.weight.t().contiguous(),
-            held.keys.transpose(2, 3).contiguous(),
-            held.values.contiguous(),
+            self._prepared(mlp.gate_proj.weight, mlp.up_proj.weight),
+            self._prepared(mlp.down_proj.weight),
+            self._with_room(held.keys.transpose(2, 3), 3) if float32 else self._with_room(held.keys, 2),
+            self._with_room(held.values, 2),
         )
+
+    def _prepared(self, *weights: Tensor) -> Product:
+        return prepared(torch.cat([weight.to(self.dtype) for weight in weights]))
+
+    def _with_room(self, held: Tensor, dim: int) -> Tensor:
+        """A copy of what is held of the ``seen`` positions (dimension ``dim``), with room for more."""
+        shape = list(held.shape)
+        shape[dim] = min(self.positions, self.seen + max(64, self.seen // 2))
+        wider = held.new_empty(shape, dtype=self.dtype)
+        wider.narrow(dim, 0, self.seen).copy_(held.narrow(dim, 0, self.seen))
+        return wider
 
     def select(self, rows: Tensor) -> None:
         """Go on with ``rows`` alone."""
@@ -114,9 +143,11 @@ class SmallLlama:
     def read(self, token: Tensor, position: Tensor) -> Tensor:
         """The logits [B,V] after one more token [B] of each row, at ``position`` [B,1]."""
         if self.seen == self.layers[0].values.shape[2]:
-            more = max(64, self.seen // 2)
+            along = 3 if self.dtype == torch.float32 else 2
             self.layers = [
-                layer._replace(keys=pad(layer.keys, (0, more)), values=pad(layer.values, (0, 0, 0, more)))
+                layer._replace(
+                    keys=self._with_room(layer.keys, along), values=self._with_room(layer.values, 2)
+                )
                 for layer in self.layers
             ]
         self.seen += 1
@@ -125,22 +156,43 @@ class SmallLlama:
         turn = self.cos[position], self.sin[position]
         x = embedding(token, model.embed_tokens.weight)
         for layer in self.layers:
-            mixed = self._attend(layer, rms_norm(x, x.shape[1:], layer.norm, eps), turn, bias)
-            x = torch.addmm(x, mixed, layer.out)
-            wide = rms_norm(x, x.shape[1:], layer.mlp_norm, eps).mm(layer.gate_up)
-            gate, up = wide.chunk(2, -1)
-            x = torch.addmm(x, silu(gate).mul_(up), layer.down)
-        return rms_norm(x, x.shape[1:], model.norm.weight, eps).mm(self.head)
+            states = layer.qkv(rms_norm(x, x.shape[1:], layer.norm, eps))
+            x = layer.out.added(x, self.attend(layer, states, turn, bias))
+            gate, up = layer.gate_up(rms_norm(x, x.shape[1:], layer.mlp_norm, eps)).chunk(2, -1)
+            x = layer.down.added(x, silu(gate).mul_(up))
+        return self.head(rms_norm(x, x.shape[1:], model.norm.weight, eps))
 
-    def _attend(self, layer: Layer, x: Tensor, turn: tuple[Tensor, Tensor], bias: Tensor | None) -> Tensor:
-        rows, heads, kv, last = len(x), self.heads, self.kv_heads, self.seen - 1
-        states = x.mm(layer.qkv).view(rows, heads + 2 * kv, -1)
+    def _turned(self, states: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, turned by their position, and values, [B,heads,D] each."""
+        heads, kv = self.heads, self.kv_heads
+        states = states.view(len(states), heads + 2 * kv, -1)
         turned = states[:, : heads + kv]
         turned = torch.addcmul(turned * turn[0], turned.roll(turned.shape[-1] // 2, -1), turn[1])
-        layer.keys[..., last] = turned[:, heads:]
-        layer.values[:, :, last] = states[:, heads + kv :]
-        query = turned[:, :heads].reshape(rows * kv, heads // kv, -1)
-        scores = query.bmm(layer.keys.flatten(0, 1)[..., : self.seen])
+        return turned[:, :heads], turned[:, heads:], states[:, heads + kv :]
+
+    def _attend(
+        self, layer: Layer, states: Tensor, turn: tuple[Tensor, Tensor], bias: Tensor | None
+    ) -> Tensor:
+        rows, kv, last = len(states), self.kv_heads, self.seen - 1
+        query, layer.keys[..., last], layer.values[:, :, last] = self._turned(states, turn)
+        scores = query.reshape(rows * kv, self.heads // kv, -1).bmm(
+            layer.keys.flatten(0, 1)[..., : self.seen]
+        )
         if bias is not None:
-            scores.view(rows, heads, -1).add_(bias)
+            scores.view(rows, self.heads, -1).add_(bias)
         return scores.softmax(-1).bmm(layer.values.flatten(0, 1)[:, : self.seen]).view(rows, -1)
+
+    def _attend_in_bfloat16(
+        self, layer: Layer, states: Tensor, turn: tuple[Tensor, Tensor], bias: Tensor | None
+    ) -> Tensor:
+        rows, kv, last = len(states), self.kv_heads, self.seen - 1
+        query, layer.keys[:, :, last], layer.values[:, :, last] = self._turned(states, turn)
+        # The queries that share a head of keys are read as if they were of so many positions.
+        mixed = scaled_dot_product_attention(
+            query.reshape(rows, kv, self.heads // kv, -1).bfloat16(),
+            layer.keys[:, :, : self.seen],
+            layer.values[:, :, : self.seen],
+            attn_mask=None if bias is None else bias[:, None].bfloat16(),
+            scale=self.model.model.layers[0].self_attn.scaling,
+        )
+        return mixed.reshape(rows, -1)

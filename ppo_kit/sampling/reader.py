@@ -11,7 +11,7 @@ from ppo_kit.engine import ranks
 from ppo_kit.models.policy import Policy, cache_of
 from ppo_kit.models.sequence import positions_of
 from ppo_kit.sampling.cache import grow_in_blocks, is_movable
-from ppo_kit.sampling.llama import SmallLlama, is_small_llama
+from ppo_kit.sampling.llama import FusedLlama, can_be_fused
 
 WORTH = 8
 """Fewest tokens for which copying a small model's weights costs less time than it saves."""
@@ -44,7 +44,7 @@ class Reader:
             self.cache.reorder_cache(copies)
             self.logits = self.logits[copies]
         grow_in_blocks(self.cache)
-        self.fast: SmallLlama | None = None
+        self.fast: FusedLlama | None = None
         self.tried, self.seen = room < WORTH, ids.shape[1]
         self.position = mask.sum(1, keepdim=True)
         self.padded = not bool(mask.all())
@@ -64,7 +64,7 @@ class Reader:
             if llama is not None:
                 found = self.policy.scaled(llama.read(token, self.position))
                 # In another version of transformers the model may compute something else: then use the model.
-                if torch.allclose(found, self.logits, rtol=1e-4, atol=1e-4 / self.policy.temperature):
+                if _alike(found, self.logits, self.policy.dtype):
                     self.fast, self.cache = llama, None
         self.position = self.position + 1
 
@@ -76,13 +76,13 @@ class Reader:
             self.cache.reorder_cache(rows)
         self.mask, self.position = self.mask[rows], self.position[rows]
 
-    def _llama(self) -> SmallLlama | None:
+    def _llama(self) -> FusedLlama | None:
         """The model in fused operations, before its next token; None where it is another model."""
         self.tried = True
-        if not self.movable or not is_small_llama(self.policy):
+        if not self.movable or not can_be_fused(self.policy):
             return None
         mask = self.mask[:, : self.seen] if self.padded else None
-        return SmallLlama(self.policy.model, self.cache, mask, self.mask.shape[1])
+        return FusedLlama(self.policy.model, self.cache, mask, self.mask.shape[1], self.policy.dtype)
 
     def _read(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any) -> None:
         out = self.policy.call(
@@ -95,6 +95,14 @@ class Reader:
         )
         self.cache = cache_of(out, self.policy.model.config.model_type)
         self.logits = self.policy.scaled(out.logits[:, -1])
+
+
+def _alike(found: Tensor, right: Tensor, dtype: torch.dtype) -> bool:
+    """Whether logits [B,V] are those of the model up to the rounding of ``dtype``, a row by its own size."""
+    right = right.clamp(min=torch.finfo(torch.float32).min / 2)
+    error = torch.linalg.vector_norm(torch.where(found == right, 0.0, found - right), dim=1)
+    size = torch.linalg.vector_norm(torch.where(found == -torch.inf, 0.0, right), dim=1)
+    return bool((error <= (1e-4 if dtype == torch.float32 else 0.03) * size).all())
 
 
 def _distinct(rows: Tensor) -> tuple[Tensor, Tensor]:
