@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache, cache_utils
 from transformers.cache_utils import DynamicLayer
@@ -52,8 +53,17 @@ class BlockLayer(DynamicLayer):
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        rows = beam_idx.to(self.keys.device)
-        self._copy_to_blocks(self.keys.index_select(0, rows), self.values.index_select(0, rows))
+        held, rows = self.keys.shape[2], beam_idx.to(self.keys.device)
+        self._blocks = [moved(block, rows) for block in self._blocks]
+        self._set_length(held)
+
+
+def moved(held: Tensor, rows: Tensor) -> Tensor:
+    """``held[rows]``, at most as many rows, in the memory of ``held``; rows in their place are not copied."""
+    away = (rows != torch.arange(len(rows), device=rows.device)).nonzero().squeeze(1)
+    if len(away):
+        held[away] = held[rows[away]]
+    return held[: len(rows)]
 
 
 def is_movable(cache: Any) -> bool:

@@ -44,8 +44,7 @@ def rollout(
 
     Equal prompts are read once, and rows that ended leave the batch, so that a batch costs what its own
     tokens cost; where the cache is another than transformers' ``DynamicCache`` of known layers, rows stay and
-    are masked. A small float32 Llama on a CPU is read in fused operations (``SmallLlama``), equal up to
-    rounding.
+    are masked. A plain Llama on a CPU is read in fused operations (``FusedLlama``), equal up to rounding.
 
     Args:
         policy: its model, temperature and valid ids are used.
@@ -98,7 +97,7 @@ def rollout(
                 if not ranks.any_rank(len(going) > 0):
                     break
                 if reader.movable and len(going) < SHARE * len(token):
-                    rows = going if len(going) else going.new_zeros(1)
+                    rows = responses.closed_up() if len(going) else going.new_zeros(1)
                     uniforms, history, token = uniforms[rows], history[rows], token[rows]
                     responses.select(rows)
                     reader.select(rows)

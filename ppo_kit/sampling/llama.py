@@ -17,13 +17,15 @@ from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
 )
 
+from ppo_kit.models.float32_head import Float32Head
 from ppo_kit.models.policy import Policy
+from ppo_kit.sampling.cache import moved
 from ppo_kit.sampling.products import Product, can_pack, prepared
 
 COPIED = 2**23
 """Weights of a model of which a copy needs no memory to speak of."""
 KNOWN = {LlamaForCausalLM, LlamaModel, LlamaDecoderLayer, LlamaAttention, LlamaMLP, LlamaRMSNorm,
-         LlamaRotaryEmbedding, nn.Embedding, nn.Linear, nn.ModuleList, type(nn.SiLU())}  # fmt: skip
+         LlamaRotaryEmbedding, Float32Head, nn.Embedding, nn.Linear, nn.ModuleList, nn.SiLU}  # fmt: skip
 
 
 class Layer(NamedTuple):
@@ -137,7 +139,8 @@ class FusedLlama:
         """Go on with ``rows`` alone."""
         self.bias = None if self.bias is None else self.bias[rows]
         self.layers = [
-            layer._replace(keys=layer.keys[rows], values=layer.values[rows]) for layer in self.layers
+            layer._replace(keys=moved(layer.keys, rows), values=moved(layer.values, rows))
+            for layer in self.layers
         ]
 
     def read(self, token: Tensor, position: Tensor) -> Tensor:

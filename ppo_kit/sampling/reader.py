@@ -14,7 +14,7 @@ from ppo_kit.sampling.cache import grow_in_blocks, is_movable
 from ppo_kit.sampling.llama import FusedLlama, can_be_fused
 
 WORTH = 8
-"""Fewest tokens for which copying a small model's weights costs less time than it saves."""
+"""Fewest tokens for which copying a model's weights costs less time than it saves."""
 
 
 class Reader:
@@ -66,10 +66,11 @@ class Reader:
                 # In another version of transformers the model may compute something else: then use the model.
                 if _alike(found, self.logits, self.policy.dtype):
                     self.fast, self.cache = llama, None
+                    torch.clear_autocast_cache()  # the casts of the weights that are in products now
         self.position = self.position + 1
 
     def select(self, rows: Tensor) -> None:
-        """Go on with ``rows`` (int64 indices) alone."""
+        """Go on with ``rows`` (int64 indices, at most as many as there are) alone."""
         if self.fast is not None:
             self.fast.select(rows)
         else:

@@ -41,6 +41,13 @@ class Responses:
         """The rows that go on, as indices among those in the batch."""
         return self.alive.nonzero().squeeze(1)
 
+    def closed_up(self) -> Tensor:
+        """The rows that go on [N], in an order in which few of them move: the last fill the gaps."""
+        going = self.going()
+        rows = torch.arange(len(going), device=going.device)
+        rows[~self.alive[: len(going)]] = going[going >= len(going)]
+        return rows
+
     def recent(self, count: int) -> Tensor:
         """The last ``count`` tokens [R,count] of the rows in the batch, or as many as there are."""
         return self._tokens[max(self._steps - count, 0) : self._steps, self._rows].T

@@ -6,13 +6,16 @@ from unittest import mock
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from ppo_kit.data import pad_prompts
 from ppo_kit.models import Policy
 from ppo_kit.sampling import Sampling, decode, reader, rollout
-from ppo_kit.sampling.cache import BlockLayer, is_movable
+from ppo_kit.sampling.cache import BlockLayer, is_movable, moved
+from ppo_kit.sampling.responses import Responses
 from tests.architectures import PROMPTS, WITH_CACHE, tiny
 
 
@@ -128,3 +131,16 @@ def test_a_cache_of_another_make_is_not_moved():
     cache.layers.append(Own())
     assert not is_movable(cache)
     assert not is_movable(((torch.zeros(1), torch.zeros(1)),))
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=20))
+def test_rows_that_go_on_close_up_and_the_others_stay_in_place(alive):
+    responses = Responses(len(alive), 1, torch.device("cpu"))
+    responses.end(~torch.tensor(alive))
+    rows, count = responses.closed_up(), sum(alive)
+    assert sorted(rows.tolist()) == responses.going().tolist()
+    assert all(row == place for place, row in enumerate(rows.tolist()) if row < count)
+    held = torch.arange(len(alive))[:, None].repeat(1, 2)
+    found = moved(held, rows)
+    assert found[:, 1].tolist() == rows.tolist()
+    assert found.untyped_storage().data_ptr() == held.untyped_storage().data_ptr()
