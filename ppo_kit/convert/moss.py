@@ -1,4 +1,4 @@
-"""MOSS-RLHF's released models, recovered from their published weight differences.
+"""MOSS-RLHF's released models, recovered from their published weight differences::
 
     python -m ppo_kit.convert.moss recover --base DIR --diff DIR --out DIR --kind reward --release en
 
