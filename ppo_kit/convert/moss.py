@@ -218,7 +218,7 @@ def _copy_tokenizer(base: Path, diff: Path, out: Path, release: Release | None) 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m ppo_kit.convert.moss", description=__doc__.split("\n")[0]
+        prog="python -m ppo_kit.convert.moss", description=__doc__.split("\n")[0].rstrip(":")
     )
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("recover", help="add a published difference to its base")

@@ -120,3 +120,23 @@ def prove(arguments: list[str]) -> int:
     """What ``python -m pytest`` returns with these arguments."""
     sys.path.insert(0, os.getcwd())
     return int(pytest.main(arguments))
+
+
+def test_the_first_variant_changes_lines_that_the_recipe_has_and_runs(brought, tmp_path):
+    source = (ROOT / "recipes" / "ppo_max.py").read_text()
+    for block in re.findall(r"^```diff\n(.*?)^```", PAGE, re.M | re.S):
+        old, new = (
+            "".join(f"{line[1:]}\n" for line in block.splitlines() if line[0] == sign) for sign in "-+"
+        )
+        assert source.count(old) == 1
+        source = source.replace(old, new)
+    (tmp_path / "ppo_max.py").write_text(source)
+    (reward,) = brought["reward"]
+    flags = ["--steps", "2", "--rollout-size", "4", "--minibatch-size", "4", "--max-new-tokens", "4",
+             "--held-out", "2", "--critic-pretrain-steps", "0", "--ptx-coef", "0", "--out", "run",
+             "--policy", brought["policy"], "--reward", reward,
+             "--prompts", str(brought["prompts"])]  # fmt: skip
+    process = Forked(script(tmp_path / "ppo_max.py", *flags), tmp_path / "log", cwd=tmp_path)
+    assert process.wait(120) == 0, process.printed()
+    first, second = (row["kl_coef"] for row in read_rows(tmp_path / "run" / "metrics.jsonl"))
+    assert first != second
