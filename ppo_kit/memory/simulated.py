@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from ppo_kit.functional.tiled_logits import tile_size
 from ppo_kit.memory.workload import Workload
 from ppo_kit.models.decoding import decoding
+from ppo_kit.models.float32_head import keep_logits_in_float32
 from ppo_kit.models.frozen import store_in_bfloat16
 from ppo_kit.models.head import plain_model
 from ppo_kit.models.load import freeze_below
@@ -64,8 +65,10 @@ class SimulatedStep:
                 freeze_below(model, work.train_layers)
             if work.gradient_checkpointing:
                 checkpoint_activations(model)
-        if work.lora_rank and work.dtype == torch.bfloat16:
-            self._store_bases_in_bfloat16()
+        if work.dtype == torch.bfloat16:
+            keep_logits_in_float32(plain_model(self.policy))
+            if work.lora_rank:
+                self._store_bases_in_bfloat16()
 
     def _critic_of(self, policy: str, rewards: Sequence[str]) -> Any:
         """A copy of the first reward model, or of the policy without one; with LoRA, an adapter on these."""
@@ -211,13 +214,14 @@ class _Readings(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor) -> Tensor:
         ctx.size = tile_size(len(states), len(weight))
-        buffers = torch.empty(2, ctx.size)
+        buffers, operands = torch.empty(2, ctx.size), _operands(states, weight, ctx.size)
         ctx.direction = ctx.needs_input_grad[0] and not ctx.needs_input_grad[1]
         if ctx.direction:
             mixed = torch.empty(states.shape)
             ctx.save_for_backward(states, weight, states.float().clone() - mixed)
         else:
             ctx.save_for_backward(states, weight)
+        del operands
         return buffers.new_zeros(len(states))
 
     @staticmethod
@@ -225,11 +229,19 @@ class _Readings(torch.autograd.Function):
         states, weight, *direction = ctx.saved_tensors
         if direction:
             return upstream[0][:, None] * direction[0], None
-        buffers = torch.empty(3, ctx.size)
+        buffers, operands = torch.empty(3, ctx.size), _operands(states, weight, ctx.size)
         made = [torch.empty(states.shape) if ctx.needs_input_grad[0] else None,
                 torch.empty_like(weight) if ctx.needs_input_grad[1] else None]  # fmt: skip
-        del buffers
+        del buffers, operands
         return tuple(made)
+
+
+def _operands(states: Tensor, weight: Tensor, size: int) -> list[Tensor]:
+    """What a tile of ``size`` logits reads in bfloat16 runs: rounded weights, and all in float32 again."""
+    if states.dtype != torch.bfloat16:
+        return []
+    tile = weight[: size // min(len(states), 1024)].bfloat16()
+    return [states.float(), tile, tile.float()]
 
 
 def _drop(parameter: Tensor) -> None:
