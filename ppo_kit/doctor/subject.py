@@ -13,7 +13,8 @@ from ppo_kit.data import Prompts, end_ids, load_prompts, split_rows
 from ppo_kit.engine import Engine, EngineSettings, LocalEngine
 from ppo_kit.models import load_tokenizer
 from ppo_kit.sampling import Sampling, rollout, row_seed
-from ppo_kit.training.models import Models, load_models, reward_models, reward_sources
+from ppo_kit.training.models import Models, load_models
+from ppo_kit.training.reward_sources import reward_models, reward_sources
 from ppo_kit.training.sampler import prompt_batch
 from ppo_kit.training.scoring import InMicroBatches
 from ppo_kit.training.settings import RLSettings

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from tensordict.nn import TensorDictModuleBase
@@ -31,15 +29,12 @@ from ppo_kit.models import (
     text_difference,
 )
 from ppo_kit.models.frozen import store_in_bfloat16
-from ppo_kit.rewards import RetokenizedReward, Rewards, RewardSpec, TextReward, load_function, parse_rewards
+from ppo_kit.rewards import RetokenizedReward, Rewards, RewardSpec, TextReward, load_function
+from ppo_kit.training.reward_sources import reward_models
 from ppo_kit.training.scoring import InMicroBatches
 from ppo_kit.training.settings import RLSettings
 
 logger = logging.getLogger(__name__)
-
-RewardSource: TypeAlias = "str | Callable[..., Any] | TensorDictModuleBase"
-"""One reward: a specification as for ``--reward``, a function of texts, or a module that writes ``score``."""
-RewardSources: TypeAlias = "RewardSource | Sequence[RewardSource] | Mapping[str, RewardSource]"
 
 
 @dataclass
@@ -119,40 +114,6 @@ def load_models(
     )
 
 
-def inputs_of(policy: Any, rewards: Mapping[str, tuple[Any, float]], prompts: Any) -> dict[str, Any]:
-    """What a run reads, by name or path: a resumed run has to find the same again."""
-    targets = {
-        f"reward {name}": source.target
-        for name, (source, _) in rewards.items()
-        if isinstance(source, RewardSpec) and source.kind != "sandbox"
-    }
-    named = {"policy": policy, "prompts": prompts, **targets}
-    return {
-        key: value for key, value in named.items() if isinstance(value, str | Path) and value != "sandbox"
-    }
-
-
-def described(policy: Any, rewards: Mapping[str, tuple[Any, float]], prompts: Any) -> dict[str, str]:
-    """What a run is made of, in words for the model card."""
-    base = policy if isinstance(policy, str) else f"a {type(policy).__name__} given in Python"
-    scores = []
-    for name, (source, weight) in rewards.items():
-        target = source.target if isinstance(source, RewardSpec) else "given in Python"
-        scores.append(f"{name} ({target}), weight {weight:g}")
-    listed = prompts if isinstance(prompts, str | Path) else f"{len(prompts or ())} given in Python"
-    from_sandbox = "the sandbox's" if prompts is None and policy == "sandbox" else str(listed)
-    return {"policy": base, "rewards": "; ".join(scores), "prompts": from_sandbox}
-
-
-def reward_models(rewards: Mapping[str, tuple[Any, float]]) -> dict[str, str]:
-    """{name of a reward that is a model of the user's own: its folder or Hub id}."""
-    return {
-        name: source.target
-        for name, (source, _) in rewards.items()
-        if isinstance(source, RewardSpec) and source.kind == "model"
-    }
-
-
 def log_memory(
     settings: RLSettings, policy: str, rewards: Mapping[str, tuple[Any, float]], **wanted: Any
 ) -> None:
@@ -186,33 +147,6 @@ def scalar_model_of(model: PreTrainedModel) -> PreTrainedModel:
     scalar.base_model.load_state_dict(model.base_model.state_dict())
     scalar.score.weight.data.zero_()
     return scalar.to(model.device)
-
-
-def reward_sources(rewards: RewardSources) -> dict[str, tuple[Any, float]]:
-    """{name: (what scores, its weight)}: specifications are parsed, and nothing is loaded.
-
-    Raises:
-        ValueError: there is none, two have one name, or a specification is none.
-    """
-    if isinstance(rewards, Mapping):
-        named = [(str(name), source) for name, source in rewards.items()]
-    else:
-        many = [rewards] if isinstance(rewards, str) or not isinstance(rewards, Sequence) else rewards
-        named = [("", source) for source in many]
-    found: dict[str, tuple[Any, float]] = {}
-    for name, source in named:
-        for each in parse_rewards([source]) if isinstance(source, str) else [source]:
-            spec = isinstance(each, RewardSpec)
-            own = each.name if spec else getattr(each, "__name__", type(each).__name__)
-            key = name or re.sub(r"\W", "_", own)
-            if key in found:
-                raise ValueError(
-                    f"reward: got two of the name {key!r}; name them: {{name: reward}} or NAME=TARGET"
-                )
-            found[key] = (each, each.weight if spec else 1.0)
-    if not found:
-        raise ValueError("reward: got none, needs at least one")
-    return found
 
 
 def _component(source: Any, tokenizer: PreTrainedTokenizerBase, sandbox_reward: str | None) -> Any:

@@ -17,8 +17,8 @@ from ppo_kit.modules import BatchLoss, Shaping
 from ppo_kit.monitor import CollapseWatch, rollout_metrics, spread_metrics
 from ppo_kit.run.checkpoint import best_checkpoint
 from ppo_kit.training.experience import Experience
-from ppo_kit.training.models import RewardSources, described, inputs_of, reward_sources
 from ppo_kit.training.prompts import load_text
+from ppo_kit.training.reward_sources import RewardSources, described, inputs_of, reward_sources
 from ppo_kit.training.saving import save_trained
 from ppo_kit.training.settings import PPOSettings, RLSettings
 from ppo_kit.training.token_records import step_samples

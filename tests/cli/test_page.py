@@ -75,8 +75,9 @@ def test_the_recipe_of_ones_own_runs(load, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run_recipe(module.main, ["--help"])
     text = capsys.readouterr().out
-    assert "What is new in it." in text
-    assert "What it weighs [nats per token]." in text
+    shown = re.findall(r'^    """(.*)"""$', OWN, re.M)  # of the class and of its setting
+    assert len(shown) == 2
+    assert all(each in text for each in shown)
 
 
 def test_the_error_that_the_page_shows(load, capsys):
