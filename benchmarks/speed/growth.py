@@ -2,6 +2,7 @@
 
     python benchmarks/speed/growth.py                    # all; prints exponents and draws growth.png
     python benchmarks/speed/growth.py --axes length --iterations 7
+    python benchmarks/speed/growth.py --quick            # the first and last size of each, three pairs
 
 Each size is measured in lockstep with the base case, an iteration each in turn on one thread, so what is
 shown is a ratio of CPU seconds to the base's. An exponent is the slope of log cost over log size from the
@@ -43,6 +44,8 @@ class Settings:
     """Which sizes grow."""
     iterations: int = 5
     """Pairs of iterations of each size that are timed, after one that is not."""
+    quick: bool = False
+    """The first and the last size of each alone, and three pairs."""
     picture: Path = Path(__file__).parent / "growth.png"
     """The picture to draw."""
     out: Path | None = None
@@ -66,9 +69,11 @@ def ratios(case: Case, iterations: int) -> dict[str, float]:
     return found
 
 
-def growth(axis: str, iterations: int) -> dict[str, Any]:
+def growth(axis: str, iterations: int, *, ends_alone: bool = False) -> dict[str, Any]:
     """{"sizes": ..., "step": ratios, ..., "work": what arithmetic alone would give} of an axis."""
     own, changes = AXES[axis]
+    if ends_alone:
+        changes = {size: changes[size] for size in (min(changes), max(changes))}
     measured: dict[int, dict[str, float]] = {own: dict.fromkeys(("step", *PARTS, "work"), 1.0)}
     for size, change in changes.items():
         case = replace(BASE, text=f"{axis} {size}", **change)
@@ -108,7 +113,7 @@ def draw(found: dict[str, dict[str, Any]], to: Path) -> None:
 def main(cfg: Settings) -> None:
     found = {}
     for axis in cfg.axes:
-        found[axis] = growth(axis, cfg.iterations)
+        found[axis] = growth(axis, 3 if cfg.quick else cfg.iterations, ends_alone=cfg.quick)
         told = ", ".join(f"{name} {value:.2f}" for name, value in found[axis]["exponents"].items())
         print(f"{axis}: exponents {told}", flush=True)
     draw(found, cfg.picture)
