@@ -76,7 +76,7 @@ def draw_differences(groups: Mapping[str, Sequence[Path]], path: Path, *, title:
     Raises:
         ValueError: a group whose runs hold no pair.
     """
-    figure = Figure(figsize=(6.6 * len(groups), 4.2), dpi=150, facecolor="white", layout="constrained")
+    figure = Figure(figsize=(max(9.0, 6.6 * len(groups)), 4.2), dpi=150, facecolor="white", layout="constrained")
     for axes, (label, folders) in zip(
         figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True
     ):
@@ -86,7 +86,7 @@ def draw_differences(groups: Mapping[str, Sequence[Path]], path: Path, *, title:
         _draw_differences(axes, differences_of(pairs, "score"))
         if len(groups) > 1:
             axes.set_title(label, fontsize=10, color=INK, loc="left")
-    figure.suptitle(title, fontsize=11, color=INK)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
     figure.savefig(path)
     return path
 
