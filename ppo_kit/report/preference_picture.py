@@ -76,7 +76,9 @@ def draw_differences(groups: Mapping[str, Sequence[Path]], path: Path, *, title:
     Raises:
         ValueError: a group whose runs hold no pair.
     """
-    figure = Figure(figsize=(max(9.0, 6.6 * len(groups)), 4.2), dpi=150, facecolor="white", layout="constrained")
+    figure = Figure(
+        figsize=(max(9.0, 6.6 * len(groups)), 4.2), dpi=150, facecolor="white", layout="constrained"
+    )
     for axes, (label, folders) in zip(
         figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True
     ):

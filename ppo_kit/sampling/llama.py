@@ -48,11 +48,12 @@ def can_be_fused(policy: Policy) -> bool:
     there are none while responses are sampled; so a model in which little is trained has to be small.
     """
     model = policy.model
+    if type(model) is not LlamaForCausalLM:
+        return False
     rope = getattr(model.base_model, "rotary_emb", None)
     own_head = model.get_output_embeddings() if policy.dtype == torch.bfloat16 else None
     return (
-        type(model) is LlamaForCausalLM
-        and type(policy).network is Policy.network
+        type(policy).network is Policy.network
         and type(policy).call is Policy.call
         and policy.wrapped is None
         and model.device.type == "cpu"
@@ -104,7 +105,6 @@ class FusedLlama:
         half = cos.shape[-1] // 2
         self.cos = cos[0]
         self.sin = torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)
-        self.attend = self._attend if dtype == torch.float32 else self._attend_in_bfloat16
         self.head = prepared(model.lm_head.weight) if dtype == torch.float32 else model.lm_head
         self.layers = [
             self._layer(layer, held) for layer, held in zip(model.model.layers, cache.layers, strict=True)
@@ -157,10 +157,12 @@ class FusedLlama:
         model, eps = self.model.model, self.model.config.rms_norm_eps
         bias = None if self.bias is None else pad(self.bias, (0, self.seen - self.bias.shape[1]))[:, None]
         turn = self.cos[position], self.sin[position]
+        # Kept on ``self``, a method of ``self`` would hold the copied weights until garbage is collected.
+        attend = self._attend if self.dtype == torch.float32 else self._attend_in_bfloat16
         x = embedding(token, model.embed_tokens.weight)
         for layer in self.layers:
             states = layer.qkv(rms_norm(x, x.shape[1:], layer.norm, eps))
-            x = layer.out.added(x, self.attend(layer, states, turn, bias))
+            x = layer.out.added(x, attend(layer, states, turn, bias))
             gate, up = layer.gate_up(rms_norm(x, x.shape[1:], layer.mlp_norm, eps)).chunk(2, -1)
             x = layer.down.added(x, silu(gate).mul_(up))
         return self.head(rms_norm(x, x.shape[1:], model.norm.weight, eps))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from unittest import mock
 
 import pytest
@@ -102,6 +104,24 @@ def test_a_copy_of_the_weights_takes_no_more_than_their_gradients_or_little(monk
     assert not can_be_fused(policy)
     policy.model.requires_grad_(True)
     assert can_be_fused(policy) == can_pack(torch.float32)
+
+
+def test_the_copy_is_freed_with_the_rollout(monkeypatch):
+    readers, read = [], FusedLlama.read
+
+    def noted(self, *args):
+        readers.append(weakref.ref(self))
+        return read(self, *args)
+
+    monkeypatch.setattr(FusedLlama, "read", noted)  # a mock would keep its arguments
+    gc.collect()
+    gc.disable()  # what needs a collection stays in memory during the update
+    try:
+        rollout(Policy(llama()), pad_prompts(PROMPTS, 0), Sampling(150), end_ids=(), seeds=2)
+        assert readers
+        assert not any(each() for each in readers)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("rows", [1, 3, 16])
