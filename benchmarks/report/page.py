@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def write_page(pages: Path, title: str, intro: str, command: str, reasons: Mappi
     Args:
         intro: what was run, and how claims are decided.
         command: what makes the page again.
-        reasons: {figure number: why the runs and the report may differ}.
+        reasons: {figure number: why the runs and the report may differ}; ``summary`` comes before the table.
     """
     results = read_results(pages)
     lines = [
@@ -101,11 +102,12 @@ def write_page(pages: Path, title: str, intro: str, command: str, reasons: Mappi
         command,
         "```",
         "",
+        *([reasons["summary"], ""] if "summary" in reasons else []),
         "| figure | claim | verdict | mean | interval |",
         "|---|---|---|---|---|",
         *(
             f"| [{result['figure']}](#figure-{result['figure']}) | {claim['claim']} | **{claim['verdict']}** "
-            f"| {claim['mean']:.3f} | {claim['low']:.3f} to {claim['high']:.3f} |"
+            f"| {claim['mean']:.3f} | {_interval(claim)} |"
             for result in results
             for claim in result["claims"]
         ),
@@ -117,13 +119,20 @@ def write_page(pages: Path, title: str, intro: str, command: str, reasons: Mappi
     return path
 
 
+def _interval(claim: Mapping[str, Any]) -> str:
+    if math.isnan(claim["low"]):
+        return "no interval of so few seeds"
+    return f"{claim['low']:.3f} to {claim['high']:.3f}"
+
+
 def _section(result: Mapping[str, Any], reason: str) -> list[str]:
     number = result["figure"]
     seeds = result["seeds"]
     lines = [
         f"## Figure {number}",
         "",
-        f"{result['title'][0].upper()}{result['title'][1:]}. Seeds {seeds[0]} to {seeds[-1]}, "
+        f"{result['title'][0].upper()}{result['title'][1:]}. "
+        f"{f'Seeds {seeds[0]} to {seeds[-1]}' if len(seeds) > 1 else f'Seed {seeds[0]}'}, "
         f"{result['steps']} steps.",
         "",
         f"![Figure {number}: {result['title']}](figure_{number:02d}.png)",
@@ -133,7 +142,7 @@ def _section(result: Mapping[str, Any], reason: str) -> list[str]:
         values = ", ".join(f"{value:.3f}" for value in claim["values"])
         lines.append(
             f"- *{claim['claim']}*: **{claim['verdict']}**. {claim['mean']:.3f} "
-            f"({claim['low']:.3f} to {claim['high']:.3f}) {claim['unit']}; agrees if {claim['rule']}. "
+            f"({_interval(claim)}) {claim['unit']}; agrees if {claim['rule']}. "
             f"Seeds: {values}."
         )
     return [*lines, "", reason] if reason else lines

@@ -44,7 +44,7 @@ def reproduce(figures: Sequence[Figure], cfg: Runs) -> None:
     for figure in figures:
         result = judge(figure, cfg)
         draw(figure, {name: folders(figure, name, cfg) for name in figure.variants}, cfg.pages)
-        (cfg.pages / f"figure_{figure.number:02d}.json").write_text(json.dumps(result, indent=1, default=str))
+        (cfg.pages / f"figure_{figure.number:02d}.json").write_text(json.dumps(result, indent=1))
         for claim in result["claims"]:
             print(f"figure {figure.number}: {claim['verdict']}: {claim['claim']} "
                   f"(mean {claim['mean']:.3f}, {claim['low']:.3f} to {claim['high']:.3f} {claim['unit']}; "
@@ -78,6 +78,13 @@ def folders(figure: Figure, name: str, cfg: Runs) -> list[Path]:
     return [job(figure, name, seed, cfg).folder(cfg.out) for seed in seeds_of(figure, cfg)]
 
 
+def _published(value: Any) -> Any:
+    """A setting as others may read it: files and folders by their last name."""
+    if isinstance(value, tuple):
+        return [_published(each) for each in value]
+    return Path(value).name if isinstance(value, Path) or "/" in str(value) else value
+
+
 def judge(figure: Figure, cfg: Runs) -> dict[str, Any]:
     """The figure's verdicts, with every number that they rest on."""
     runs = [
@@ -89,7 +96,10 @@ def judge(figure: Figure, cfg: Runs) -> dict[str, Any]:
         "title": figure.title,
         "seeds": list(seeds_of(figure, cfg)),
         "steps": max(run.steps for run in runs[0].values()),
-        "variants": {name: dict(settings) for name, settings in figure.variants.items()},
+        "variants": {
+            name: {key: _published(value) for key, value in settings.items()}
+            for name, settings in figure.variants.items()
+        },
         "claims": [claim.decide(runs) for claim in figure.claims],
         "ends": {
             name: {metric: [run[name].known_end(metric) for run in runs] for metric in figure.panels}

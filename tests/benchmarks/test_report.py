@@ -209,4 +209,7 @@ def test_real_text_gets_its_own_page(report, brought, dialogues_file, tmp_path, 
     assert "the middle of the histogram | **agrees** | 0.450" in page
     assert "more than one in ten | **agrees** | 0.150" in page, "five of twenty differences are below 0"
     assert "the policy stays near the SFT model: KL | **disagrees**" in page
-    assert dialogues_file.parent.as_posix() not in page, "the reader has no use for paths of this machine"
+    texts = [page, *(file.read_text() for file in cfg.pages.glob("*.json"))]
+    assert len(texts) == 5
+    folders = {dialogues_file.parent.as_posix(), cfg.out.as_posix()}
+    assert not any(folder in text for folder in folders for text in texts), "paths of the machine that ran it"

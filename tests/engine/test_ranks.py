@@ -119,7 +119,7 @@ def on_ranks(jobs: list[dict], folder: Path, ranks: int = 2) -> list[Any]:
     do = partial(ranked.do_all, jobs, answers)
     wait_for_ranks(fork_ranks(do, ranks, folder, TORCH_EXTENSIONS_DIR=str(folder / "compiled")), timeout=240)
     assert not (folder / "compiled").exists(), "something was compiled"
-    return read_rows(answers)
+    return [json.loads(line) for line in answers.read_text().splitlines()]  # a job may return a number
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:

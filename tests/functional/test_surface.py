@@ -44,6 +44,7 @@ def test_the_layer_imports_torch_and_itself_only() -> None:
                     "einops",
                     "__future__",
                     "collections",
+                    "contextlib",
                     "dataclasses",
                     "math",
                     "numbers",
