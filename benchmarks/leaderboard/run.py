@@ -12,7 +12,7 @@ al. 2023.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from ppo_kit.report.history import read_rows, series
 from ppo_kit.sweep import Job, run_jobs
 
 HERE = Path(__file__).parent
+READING = HERE / "reading.md"
+"""What the runs show: written by hand, after them."""
 FIRST_SEED = 30
 """Nothing was tuned on this seed and those after it."""
 FIRST_TUNING_SEED = 100
@@ -44,6 +46,8 @@ class Leaderboard:
     """Seeds on which the learning rate of an algorithm is chosen, from 100."""
     steps: int = 80
     """Steps of a run, of 64 sampled responses each."""
+    cost_steps: int = 16
+    """Steps of the runs that the seconds per step are measured in, one run at a time."""
     processes: int = 2
     """Runs at a time: the number of cores to use."""
     out: Path = Path("runs/leaderboard")
@@ -60,8 +64,13 @@ def main(cfg: Leaderboard) -> None:
     seeds = range(FIRST_SEED, FIRST_SEED + cfg.seeds)
     jobs = {name: [job_of(name, rates[name], seed, cfg) for seed in seeds] for name in cfg.algorithms}
     run_jobs([job for each in jobs.values() for job in each], cfg.out, processes=cfg.processes)
+    seconds = costs(rates, cfg)
     rows = {
-        name: {"rate": rates[name], **row([read(job.folder(cfg.out)) for job in each])}
+        name: {
+            "rate": rates[name],
+            "seconds": seconds[name],
+            **row([read(job.folder(cfg.out)) for job in each]),
+        }
         for name, each in jobs.items()
     }
     rows = dict(sorted(rows.items(), key=lambda item: -item[1]["gold"]))
@@ -98,6 +107,16 @@ def tune(cfg: Leaderboard) -> dict[str, float]:
     return {name: max((ends[name, rate], rate) for rate in cfg.rates)[1] for name in cfg.algorithms}
 
 
+def costs(rates: dict[str, float], cfg: Leaderboard) -> dict[str, float]:
+    """Median seconds per step of each algorithm, each alone: runs beside each other disturb each other."""
+    short = replace(cfg, steps=cfg.cost_steps)
+    jobs = {name: job_of(name, rate, FIRST_SEED, short) for name, rate in rates.items()}
+    run_jobs(list(jobs.values()), cfg.out, processes=1)
+    parts = ("seconds_rollout", "seconds_score", "seconds_train")
+    found = {name: read(job.folder(cfg.out)) for name, job in jobs.items()}
+    return {name: float(np.median(sum(run[part] for part in parts))) for name, run in found.items()}
+
+
 def read(folder: Path) -> dict[str, Any]:
     """The metrics of one run, by name, [steps] each, and its SFT model's gold reward."""
     rows = read_rows(folder / "metrics.jsonl")
@@ -120,7 +139,6 @@ def row(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
     gold = ends("gold_score")
     low, high = interval(gold)
-    seconds = [run["seconds_rollout"] + run["seconds_score"] + run["seconds_train"] for run in runs]
     return {
         "gold": interquartile_mean(gold),
         "low": low,
@@ -131,7 +149,6 @@ def row(runs: list[dict[str, Any]]) -> dict[str, Any]:
         "score": interquartile_mean(ends("score")),
         "kl": interquartile_mean(ends("kl")),
         "length": interquartile_mean(ends("response_length")),
-        "seconds": float(np.median(np.concatenate(seconds))),
         "below_sft": sum(each < run["sft"] for each, run in zip(gold, runs, strict=True)),
         "kl_curve": np.mean([run["kl"] for run in runs], 0).tolist(),
         "gold_curve": np.mean([run["gold_score"] for run in runs], 0).tolist(),
@@ -194,6 +211,7 @@ python benchmarks/leaderboard/run.py --seeds {cfg.seeds} --pages docs/leaderboar
 
 ![Gold reward against KL](frontier.png)
 
+{READING.read_text() if READING.exists() else ""}
 What it can and cannot say: nothing but the learning rate was tuned, the world is small, and the reward \
 model is over-optimized by intent. A rank here is not a rank at 7B. DAPO samples once per step, so that \
 its budget is that of the others; ReMax spends half of its budget on the greedy answers.
