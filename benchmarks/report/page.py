@@ -121,7 +121,7 @@ def write_page(pages: Path, title: str, intro: str, command: str, reasons: Mappi
 
 def _interval(claim: Mapping[str, Any]) -> str:
     if math.isnan(claim["low"]):
-        return "no interval of so few seeds"
+        return "too few seeds"
     return f"{claim['low']:.3f} to {claim['high']:.3f}"
 
 

@@ -78,8 +78,9 @@ def main(cfg: RealText) -> None:
     histogram = replace(reward, number=2, title="differences of score", claims=DIFFERENCE_CLAIMS, panels=())
     reproduce([*ppo_figures(cfg, scorer.folder(cfg.out)), histogram, reward], cfg)
     command = (
-        f"python benchmarks/report/real_text.py --pairs {cfg.pairs.name} --held-out-pairs "
-        f"{cfg.held_out_pairs.name} --seeds {cfg.seeds} --steps {cfg.steps} --pages docs/report/real_text"
+        f"python benchmarks/report/real_text.py --pairs {cfg.pairs.name} \\\n"
+        f"  --held-out-pairs {cfg.held_out_pairs.name} --seeds {cfg.seeds} --steps {cfg.steps} "
+        "--pages docs/report/real_text"
     )
     write_page(cfg.pages, "The report's figures on real text", intro(cfg), command, read_reasons(REASONS))
     print(f"Written: {cfg.pages / 'index.md'}")
