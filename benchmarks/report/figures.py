@@ -92,12 +92,12 @@ EARLY = slice(0, 20)
 """The early phase of a run, in which critic pre-training is to steady it."""
 
 
-def _accuracy(at: float) -> Any:
+def accuracy(at: float) -> Any:
     """Held-out accuracy after the share ``at`` of the reward model's training."""
 
     def measure(runs: Any) -> float:
         measured = runs["reward model"].values("eval/accuracy")
-        return float(measured[round(at * len(measured)) - 1])
+        return float(measured[max(1, round(at * len(measured))) - 1])
 
     return measure
 
@@ -135,6 +135,22 @@ DIFFERENCE_CLAIMS = (
     ),
 )
 """Figure 2, of any reward model."""
+ACCURACY_CLAIMS = (
+    Claim(
+        "held-out accuracy is about 0.65 to 0.7",
+        lambda r: accuracy(1.0)(r) - 0.675,
+        "small",
+        "accuracy minus 0.675",
+        margin=0.075,
+    ),
+    Claim(
+        "most of it is learned in the first fifth of the steps",
+        lambda r: accuracy(0.2)(r) - 0.5 - 0.5 * (accuracy(1.0)(r) - 0.5),
+        "positive",
+        "accuracy above half of the final gain",
+    ),
+)
+"""Figure 3, of any reward model."""
 
 FIGURES = (
     Figure(
@@ -148,21 +164,7 @@ FIGURES = (
         3,
         "accuracy of the reward model over its training",
         {"reward model": REWARD_MODEL},
-        [
-            Claim(
-                "held-out accuracy is about 0.65 to 0.7",
-                lambda r: _accuracy(1.0)(r) - 0.675,
-                "small",
-                "accuracy minus 0.675",
-                margin=0.075,
-            ),
-            Claim(
-                "most of it is learned in the first fifth of the steps",
-                lambda r: _accuracy(0.2)(r) - 0.5 - 0.5 * (_accuracy(1.0)(r) - 0.5),
-                "positive",
-                "accuracy above half of the final gain",
-            ),
-        ],
+        ACCURACY_CLAIMS,
         ("accuracy", "eval/accuracy", "pairwise_loss"),
     ),
     Figure(

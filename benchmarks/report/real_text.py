@@ -19,7 +19,7 @@ from typing import Any
 
 import tyro
 from claims import Claim
-from figures import DIFFERENCE_CLAIMS, Figure
+from figures import ACCURACY_CLAIMS, DIFFERENCE_CLAIMS, Figure, accuracy
 from page import VERDICTS, read_reasons, write_page
 from runs import FIRST_SEED, Runs, job, reproduce
 
@@ -105,31 +105,18 @@ def reward_figure(cfg: RealText) -> Figure:
         "eval_every": max(1, cfg.reward_steps // 5),
     }
 
-    def accuracy(runs: Any, at: float = 1.0) -> float:
-        measured = runs["reward model"].values("eval/accuracy")
-        return float(measured[max(1, round(at * len(measured))) - 1])
-
     return Figure(
         3,
         "accuracy of the reward model over its training",
         {"reward model": settings},
         [
             Claim(
-                "held-out accuracy is above chance", lambda r: accuracy(r) - 0.5, "positive", "accuracy - 0.5"
-            ),
-            Claim(
-                "held-out accuracy is about 0.65 to 0.7",
-                lambda r: accuracy(r) - 0.675,
-                "small",
-                "accuracy - 0.675",
-                margin=0.075,
-            ),
-            Claim(
-                "most of it is learned in the first fifth of the steps",
-                lambda r: accuracy(r, 0.2) - 0.5 - 0.5 * (accuracy(r) - 0.5),
+                "held-out accuracy is above chance",
+                lambda r: accuracy(1.0)(r) - 0.5,
                 "positive",
-                "accuracy above half of the final gain",
+                "accuracy - 0.5",
             ),
+            *ACCURACY_CLAIMS,
         ],
         ("accuracy", "eval/accuracy", "pairwise_loss"),
     )
