@@ -38,7 +38,7 @@ class Float32Head(nn.Linear):
 
 def keep_logits_in_float32(model: Any) -> None:
     """Let the output matrix of ``model`` be a ``Float32Head``, where it is a plain linear layer."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = output_matrix(model)
     if type(head) is nn.Linear:
         head.__class__ = Float32Head
 
@@ -49,7 +49,7 @@ def rounded_once(model: Any) -> Iterator[None]:
 
     They must not change in it.
     """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = output_matrix(model)
     if not isinstance(head, Float32Head):
         yield
         return
@@ -58,6 +58,11 @@ def rounded_once(model: Any) -> Iterator[None]:
         yield
     finally:
         head.operand = None
+
+
+def output_matrix(model: Any) -> nn.Module | None:
+    """The layer that makes logits; None of a model without one, such as a classifier."""
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
 class _Product(torch.autograd.Function):

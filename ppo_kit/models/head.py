@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ppo_kit.functional import linear_log_probs_and_entropy, linear_token_log_probs
-from ppo_kit.models.float32_head import Float32Head
+from ppo_kit.models.float32_head import Float32Head, output_matrix
 from ppo_kit.models.sequence import positions_of, probe_ids
 
 
@@ -40,7 +40,7 @@ def head_form(model: Any) -> HeadForm | None:
     well where DeepSpeed has sharded the weights, which are whole only while their own layer computes.
     """
     plain = plain_model(model)
-    head: Any = plain.get_output_embeddings() if hasattr(plain, "get_output_embeddings") else None
+    head: Any = output_matrix(plain)
     if type(head) not in (nn.Linear, Float32Head) or any(
         hasattr(weight, "ds_id") for weight in plain.parameters()
     ):
