@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import json
 import os
-import runpy
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from typing import Any
 from ppo_kit.cli.mistakes import one_line
 from ppo_kit.cli.parse import parse_settings
 from ppo_kit.cli.recipe import settings_class
+from ppo_kit.cli.recipe_file import recipe_main
 from ppo_kit.cli.recipes import recipes
 from ppo_kit.cli.settings_file import did_you_mean
 
@@ -91,15 +91,9 @@ def profile_recipe(file: Path, flags: Sequence[str], *, measure: int, to: Path |
 
 def _recipe(file: Path, flags: Sequence[str]) -> tuple[Any, Any]:
     """(``main``, its settings) of a recipe's file."""
-    sys.path.insert(0, str(file.resolve().parent))
-    try:
-        module = runpy.run_path(str(file), run_name=file.stem)
-    finally:
-        sys.path.pop(0)
-    if "main" not in module:
-        raise ValueError(f"{file}: has no main(settings), which a recipe has")
-    kind: Any = settings_class(module["main"])
-    return module["main"], parse_settings(kind, flags, file=file, description=module.get("__doc__") or "")
+    main = recipe_main(file)
+    description = main.__globals__.get("__doc__") or ""
+    return main, parse_settings(settings_class(main), flags, file=file, description=description)
 
 
 def _settings_to_profile(settings: Any, **changes: Any) -> Any:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ppo_kit.cli.recipe import settings_class
+from ppo_kit.cli.recipe_file import recipe_main
 
 
 @dataclass(frozen=True)
@@ -65,24 +64,3 @@ class Job:
         main = recipe_main(self.recipe)
         resume = (folder / "checkpoints" / "latest").exists()
         return main(settings_class(main)(**{**self.settings, "out": folder, "resume": resume})) or 0
-
-
-def recipe_main(file: Path) -> Callable[[Any], int]:
-    """The function ``main`` of a recipe's file, which is loaded as a module of its own.
-
-    Raises:
-        FileNotFoundError: no such file.
-        AttributeError: it has no ``main``.
-    """
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file")
-    # A name of its own: two recipes may have files of one name, and dataclasses look their module up.
-    name = f"recipe_{file.stem}_{hashlib.blake2b(str(file.resolve()).encode(), digest_size=4).hexdigest()}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, file)
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    main: Callable[[Any], int] = sys.modules[name].main
-    return main

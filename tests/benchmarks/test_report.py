@@ -111,7 +111,7 @@ def test_every_figure_of_the_report_that_is_a_run_is_declared(report):
 
 def test_every_variant_has_settings_of_its_recipe(report):
     from ppo_kit.cli.recipe import settings_class
-    from ppo_kit.sweep.job import recipe_main
+    from ppo_kit.cli.recipe_file import recipe_main
 
     for figure in report.figures.FIGURES:
         for settings in figure.variants.values():
