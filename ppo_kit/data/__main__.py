@@ -1,4 +1,4 @@
-"""``python -m ppo_kit.data check FILE [--tokenizer PATH]``: what a file holds."""
+"""``ppo-kit data check FILE [--tokenizer PATH]``: what a file holds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     status = "Exit status: 0; 1 where rows are bad; 2 where the file cannot be read."
-    parser = argparse.ArgumentParser(prog="python -m ppo_kit.data", epilog=status)
+    parser = argparse.ArgumentParser(prog="ppo-kit data", epilog=status)
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("check", help="list what a file of dialogues holds")
     check.add_argument("file", help=".jsonl, .json, either with .gz, or .parquet")

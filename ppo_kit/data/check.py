@@ -22,7 +22,7 @@ SHOWN = 50
 
 @dataclass
 class Contents:
-    """What :func:`check_file` found; ``str()`` is the table that ``python -m ppo_kit.data check`` prints.
+    """What :func:`check_file` found; ``str()`` is the table that ``ppo-kit data check`` prints.
 
     ``uses`` counts the rows good for prompts, dialogues (an answer) and pairs. ``lengths`` are in ``unit``.
     ``duplicates`` are ``(line, earlier line)`` of good rows with the same dialogue, whatever else they hold.

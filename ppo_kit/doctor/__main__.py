@@ -33,7 +33,7 @@ class Doctor(PPOSettings):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    settings = tyro.cli(Doctor, description=__doc__, args=arguments, prog="python -m ppo_kit.doctor")
+    settings = tyro.cli(Doctor, description=__doc__, args=arguments, prog="ppo-kit doctor")
     # Imported once the command line is read: --help needs no torch.
     import torch
 

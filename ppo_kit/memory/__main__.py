@@ -1,4 +1,4 @@
-"""``python -m ppo_kit.memory``: print the memory that a run needs."""
+"""``python -m ppo_kit.memory`` is ``ppo-kit memory``: print the memory that a run needs."""
 
 import sys
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import fields
 
 from ppo_kit.memory.sharding import Sharding
@@ -12,8 +13,9 @@ DESCRIPTION = "What a PPO run will need of memory, from the models' configs alon
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the estimate; returns 1 where it exceeds what is available."""
-    parser = argparse.ArgumentParser(prog="python -m ppo_kit.memory", description=DESCRIPTION)
+    """Print the estimate; returns the exit status."""
+    status = "Exit status: 0; 1 where it exceeds what is available; 2 where a model's config cannot be read."
+    parser = argparse.ArgumentParser(prog="ppo-kit memory", description=DESCRIPTION, epilog=status)
     parser.add_argument("--policy", required=True, help="smollm2, a folder or a Hub id; its config is read")
     parser.add_argument("--reward", nargs="*", default=[], help="reward models, likewise; none if not given")
     parser.add_argument("--no-critic", action="store_true", help="of a recipe without one: grpo, rloo, ...")
@@ -39,6 +41,10 @@ def main(arguments: list[str] | None = None) -> int:
     dtype = torch.bfloat16 if chosen.pop("bf16") else torch.float32
     sharding = Sharding(**{field.name: chosen.pop(field.name) for field in fields(Sharding)})
     work = Workload(**chosen, dtype=dtype)
-    estimate = estimate_memory(policy, reward, critic=critic, work=work, sharding=sharding, device=device)
+    try:
+        estimate = estimate_memory(policy, reward, critic=critic, work=work, sharding=sharding, device=device)
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
     print(estimate)
     return 0 if estimate.fits else 1

@@ -1,7 +1,7 @@
 """Estimate the memory of a PPO run from the models' configs alone: no weight is loaded or made.
 
-    python -m ppo_kit.memory --policy HuggingFaceTB/SmolLM2-135M-Instruct --lora-rank 16
-    python -m ppo_kit.memory --policy LLAMA-7B --ranks 8 --zero-stage 3 --bf16 --device cuda
+    ppo-kit memory --policy HuggingFaceTB/SmolLM2-135M-Instruct --lora-rank 16
+    ppo-kit memory --policy LLAMA-7B --ranks 8 --zero-stage 3 --bf16 --device cuda
 
 Models are built of tensors without data, and one step of sampling, scoring and training is simulated with
 them while the bytes alive are counted; attention is computed as on a CPU. Weights and optimizer states are

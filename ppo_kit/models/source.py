@@ -23,10 +23,16 @@ def model_source(name: str, *, first: str = "policy") -> str:
 
     Raises:
         ModuleNotFoundError: a package that ``smollm2`` needs is missing; the text has the command.
-        ValueError: the folder is that of a run that has saved no model yet.
+        ValueError: the folder is that of a run that has saved no model yet; or ``name`` is ``sandbox``, whose
+            models exist only where a recipe trains on the sandbox.
     """
     if name == "smollm2":
         return str(_smollm2())
+    if name == "sandbox" and not Path(name).is_dir():
+        raise ValueError(
+            "sandbox: a recipe makes its models (0.1M parameters each) while it runs; needed here is a "
+            "folder, a Hub id or smollm2"
+        )
     if not _is_run(Path(name)):
         return name
     held = [part for part in ("policy", "reward_model") if (Path(name) / part).is_dir()]

@@ -1,4 +1,4 @@
-"""``python -m ppo_kit.run replay FILE``: what was not finite in a batch that a run stopped at."""
+"""``ppo-kit replay FILE``: what was not finite in a batch that a run stopped at."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.console import Console
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     status = "Exit status: 0; 2 where the file cannot be read."
-    parser = argparse.ArgumentParser(prog="python -m ppo_kit.run", epilog=status)
+    parser = argparse.ArgumentParser(prog="ppo-kit", epilog=status)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("replay", help="print what is not finite in a batch that a run stopped at")
     command.add_argument("file", type=Path, help="<run folder>/faults/step-….safetensors")

@@ -97,7 +97,7 @@ class Faults:
             writer = ranks.first_of(ranks.rank() if error.batch is not None else None)
             if writer is not None:
                 file = self.folder / f"step-{step:06d}.safetensors"
-                place = f"look at the batch with: python -m ppo_kit.run replay {file}"
+                place = f"look at the batch with: ppo-kit replay {file}"
                 if writer == ranks.rank():
                     try:
                         write_fault(file, step, error, self.settings)

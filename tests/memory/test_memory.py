@@ -144,6 +144,13 @@ def test_what_is_printed(folders, capsys):
         assert part in printed
 
 
+@pytest.mark.parametrize("name", ["sandbox", "./absent"])
+def test_a_model_that_is_not_there_is_named(name, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(["--policy", name]) == 2
+    assert name in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("settings", [{}, {"dtype": torch.bfloat16}, {"lora_rank": 2}], ids=str)
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "gpt_oss", "qwen3_5_text", "gemma3_text"])
 def test_experts_and_hybrids_are_estimated(tmp_path, model_type, settings):

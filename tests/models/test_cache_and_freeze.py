@@ -55,6 +55,14 @@ def test_a_run_folder_stands_for_the_model_that_it_trained(tmp_path):
         load_tokenizer(str(a_run(tmp_path / "started")))
 
 
+def test_the_sandbox_is_no_source_of_a_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"^sandbox: .*needed here is a folder"):
+        model_source("sandbox")
+    (tmp_path / "sandbox").mkdir()
+    assert model_source("sandbox") == "sandbox"
+
+
 def test_a_folder_is_built_once_and_whole(tmp_path, monkeypatch):
     monkeypatch.setenv("PPO_KIT_CACHE", str(tmp_path))
     built = []
