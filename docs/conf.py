@@ -27,6 +27,7 @@ extensions = [
     "sphinx_copybutton",
     "docstrings",
     "mathml",
+    "pictures",
     "reference_pages",
 ]
 exclude_patterns = ["_build", "_ext", "jupyter_execute", "**.ipynb_checkpoints"]
@@ -49,8 +50,9 @@ nb_execution_cache_path = str(HERE / "_build" / ".jupyter_cache")
 nb_execution_timeout = 300
 nb_execution_raise_on_error = True
 nb_merge_streams = True
-# Warnings of other packages about the machine that built the site.
+# Warnings of other packages about the machine that built the site. DeepSpeed prints its own to stdout.
 nb_output_stderr = "remove"
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

@@ -194,11 +194,11 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 def page(rows: dict[str, dict[str, Any]], cfg: Leaderboard) -> str:
     sft = next(iter(rows.values()))["sft"]
     rates = ", ".join(f"{rate:.0e}" for rate in cfg.rates)
-    return f"""# The family at equal sample budgets
+    return f"""# Leaderboard: the algorithms at equal sample budgets
 
-Every algorithm that the parts build, in the sandbox: {cfg.steps} steps of 64 sampled responses, \
-{cfg.seeds} seeds, the same minibatches for all, and for each the learning rate of \
-{rates} that ends highest on {cfg.tuning_seeds} other seeds. The \
+Every algorithm that the library's components build, in the sandbox: {cfg.steps} steps of 64 sampled \
+responses, {cfg.seeds} seeds, the same minibatches for all, and for each the one of the learning rates \
+{rates} whose runs end highest on {cfg.tuning_seeds} other seeds. The \
 gold reward is never trained on, but it chose the learning rates. A number is the interquartile mean \
 over seeds; in brackets, its 95 % bootstrap interval. *best*: the best step. *below SFT*: seeds that end \
 below their SFT model ({sft:.2f}).

@@ -19,9 +19,9 @@ REASONS = Path(__file__).parent / "reasons.json"
 """{what was changed: {figure number: why the sandbox and the report may differ}}: written by hand, after the
 runs. "" is the figures' own settings."""
 VERDICTS = (
-    "A claim is one number per seed. It **agrees** if the 95 % bootstrap interval of its mean over seeds "
-    "lies where the claim puts it, **disagrees** if the whole interval lies outside, and is **unclear** "
-    "otherwise."
+    "A claim is one number per seed; the section of its figure has its unit and the range where it agrees. "
+    "A claim **agrees** if the 95 % bootstrap interval of its mean over seeds lies in that range, "
+    "**disagrees** if the whole interval lies outside, and is **unclear** otherwise."
 )
 
 
@@ -128,10 +128,12 @@ def _interval(claim: Mapping[str, Any]) -> str:
 def _section(result: Mapping[str, Any], reason: str) -> list[str]:
     number = result["figure"]
     seeds = result["seeds"]
+    title = result["title"]
     lines = [
         f"## Figure {number}",
         "",
-        f"{result['title'][0].upper()}{result['title'][1:]}. "
+        # A Greek letter is a symbol, which has no capital.
+        f"{title[0].upper() if title[0].isascii() else title[0]}{title[1:]}. "
         f"{f'Seeds {seeds[0]} to {seeds[-1]}' if len(seeds) > 1 else f'Seed {seeds[0]}'}, "
         f"{result['steps']} steps.",
         "",

@@ -22,4 +22,4 @@ def test_the_page_shows_how_pieces_are_written():
     from ppo_kit.rewards import parse_reward
 
     line = re.search(r"--reward (helpful=.*)", PAGE.read_text())[1]
-    assert [(spec.name, spec.weight) for spec in parse_reward(line)] == [("helpful", 1.0), ("brevity", -0.2)]
+    assert [(spec.name, spec.weight) for spec in parse_reward(line)] == [("helpful", 1.0), ("brevity", 0.2)]

@@ -96,7 +96,7 @@ def test_the_three_variants_run_from_an_empty_folder(brought, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     sizes = ["--steps", "2", "--rollout-size", "4", "--minibatch-size", "4", "--max-new-tokens", "4",
              "--held-out", "2", "--policy", brought["policy"], "--prompts", "sums.jsonl"]  # fmt: skip
-    rewards = ["--reward", "correct=arithmetic.py:correct", "brevity=arithmetic.py:brevity@-0.01"]
+    rewards = ["--reward", "correct=arithmetic.py:correct", "brevity=arithmetic.py:brevity@0.01"]
     for name in ("best_of_group", "soft_clip"):
         flags = [*sizes, *rewards, "--out", name]
         if name == "best_of_group":
