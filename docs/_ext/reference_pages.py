@@ -51,7 +51,9 @@ def packages() -> dict[str, str]:
     for each in pkgutil.iter_modules(ppo_kit.__path__):
         module = importlib.import_module(f"ppo_kit.{each.name}")
         if hasattr(module, "__all__") and each.name not in found:
-            found[each.name] = (inspect.getdoc(module) or each.name).split("\n")[0].rstrip(".").replace("``", "")
+            found[each.name] = (
+                (inspect.getdoc(module) or each.name).split("\n")[0].rstrip(".").replace("``", "")
+            )
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import os
 from pathlib import Path
 
@@ -46,6 +47,8 @@ def test_ppo_max_in_the_sandbox(executed):
     text = text_of(notebook)
     assert "image/png" in text
     assert "dashboard.png" in text
+    before, after = map(float, re.search(r"score +│ +(-?[\d.]+) │ +(-?[\d.]+)", text).groups())
+    assert after > before, "the page says that the score of held-out prompts rises"
 
 
 def test_swap_a_part(executed):
