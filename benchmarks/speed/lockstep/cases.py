@@ -61,6 +61,6 @@ CASES = {
 
 CASES |= {
     f"{name}-compiled": replace(CASES[name], text=f"{CASES[name].text}, ours with --compile",
-                                settings={"compile": True})
-    for name in ("a", "b", "c", "d")
+                                settings={**CASES[name].settings, "compile": True})
+    for name in ("a", "b", "c", "c16", "d")
 }  # fmt: skip
