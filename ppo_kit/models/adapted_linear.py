@@ -41,7 +41,10 @@ def _fused() -> type:
             elif not x.dtype == weight.dtype == a.dtype:
                 return super().forward(x)
             with torch.autocast(device, enabled=False):
-                return AdaptedProduct.apply(x, weight, self.base_layer.bias, a, b, self.scaling[name])
+                bias, scaling = self.base_layer.bias, self.scaling[name]
+                if torch.compiler.is_compiling():
+                    return summed_products(x, weight, bias, a, b, scaling)
+                return AdaptedProduct.apply(x, weight, bias, a, b, scaling)
 
     return FusedLinear
 
@@ -53,6 +56,18 @@ def adapted_product(
     out = nn.functional.linear(tokens, weight, bias)
     down = tokens @ a.T
     return out.addmm_(down, b.T, alpha=scaling), down
+
+
+def summed_products(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
+) -> Tensor:
+    """x Wᵀ + b + s (x Aᵀ) Bᵀ, in the dtype of x [...,in], for ``torch.compile``: it adds the two products in
+    the pass of what follows. An addition inside of the second one would be a copy of [tokens,out] before it.
+    """
+    weight, a, b = (each.to(x.dtype) for each in (weight, a, b))
+    bias = None if bias is None else bias.to(x.dtype)
+    down = nn.functional.linear(x, a) * scaling
+    return nn.functional.linear(x, weight, bias) + nn.functional.linear(down, b)
 
 
 class AdaptedProduct(torch.autograd.Function):
