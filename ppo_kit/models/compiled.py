@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx.experimental import _config as symbolic_sizes
 from transformers import Cache
 
+from ppo_kit.models.attention import use_products_when_compiled
 from ppo_kit.models.head import plain_model
 
 VARIANTS = 64
@@ -36,6 +37,7 @@ def compile_layers(model: Any) -> None:
             f"--compile: {type(plain).__name__} has no stack of layers to compile (nn.ModuleList); "
             "leave it out"
         )
+    use_products_when_compiled()
     config: Any = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, VARIANTS)
     for layer in layers:
