@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch._dynamo.utils import counters
 
 from ppo_kit.engine import EngineSettings, LocalEngine
 from ppo_kit.models import Critic, LoRA, Policy, Reference, freeze_below
@@ -154,26 +155,129 @@ def test_models_without_layers_are_refused():
         compile_layers(torch.nn.Linear(2, 2))
 
 
-@pytest.mark.slow
-def test_the_compiler_itself(tiny_model, make_batch):
-    """Compiled code computes the same up to rounding; to the bit, whichever size is compiled first."""
+@pytest.fixture
+def compiler():
+    """The real compiler, which takes half a minute to start; skips where there is none."""
     from torch._inductor import config
 
     try:
         engine = LocalEngine(EngineSettings(device="cpu", compile=True))
     except ValueError as missing:
         pytest.skip(str(missing))
+    torch.compiler.reset()
+    with config.patch(compile_threads=1):  # no pool of processes
+        yield engine
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def uncached():
+    """Without what earlier runs compiled."""
+    from torch._inductor import config
+
+    with config.patch(force_disable_caches=True):
+        yield
+
+
+def adapted(tiny_model, dtype: torch.dtype, layers: int) -> tuple[Policy, Reference]:
+    """A policy with an adapter that is not zero, and the reference on its base."""
+    model = tiny_model("llama")
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[:layers], layers
+    lora = LoRA(model, rank=2)
+    policy = Policy(lora.causal("policy"), dtype=dtype)
+    reference = Reference(lora.causal(None), dtype=dtype)
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight.normal_(std=0.2, generator=torch.Generator().manual_seed(1))
+    if dtype == torch.bfloat16:
+        lora.store_base_in_bfloat16()
+    return policy, reference
+
+
+def assert_as_near(found, plain, right) -> None:
+    """Compiled bfloat16 is about as near to float32 as plain bfloat16 is; it rounds in fewer places."""
+    assert len(found) == len(plain) == len(right) > 1
+    for one, other, exact in zip(found, plain, right, strict=True):
+        scale = float(exact.norm())
+        assert float((one - exact).norm()) <= 1.5 * float((other - exact).norm()) + 0.01 * scale
+
+
+def check_adapters(compiler, tiny_model, make_batch, *, layers: int, recompute: bool, bf16: bool) -> int:
+    """Compare policy and reference, compiled, with the plain ones; return the number of graphs."""
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    cases = list(batches(make_batch))[:3]
+    made = {
+        "exact": adapted(tiny_model, torch.float32, layers),
+        "plain": adapted(tiny_model, dtype, layers),
+        "compiled": adapted(tiny_model, dtype, layers),
+    }
+    compiler.place(made["compiled"][1])
+    if recompute:
+        compiler = LocalEngine(EngineSettings(device="cpu", compile=True, gradient_checkpointing=True))
+    compiler.optimizer(made["compiled"][0], lr=1e-3, steps=1)
+    counters.clear()
+    for batch in cases:
+        outs = {
+            name: [*trained(policy, batch), reference(batch.clone())["ref_log_probs"]]
+            for name, (policy, reference) in made.items()
+        }
+        assert_as_near(outs["compiled"], outs["plain"], outs["exact"])
+    assert not counters["graph_break"]
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.fixture
+def tracer(monkeypatch):
+    """The compiler up to the code that it would write: gradients and operators are taken apart, not fused."""
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager_decomp_partition"))
+    monkeypatch.setattr("ppo_kit.engine.local._check_compiler", lambda device: None)  # this one needs none
+    yield LocalEngine(EngineSettings(device="cpu", compile=True))
+    torch.compiler.reset()
+
+
+def test_adapters_in_bfloat16_recomputed(tracer, tiny_model, make_batch):
+    """All at once: one compilation with the adapter, one without."""
+    assert check_adapters(tracer, tiny_model, make_batch, layers=1, recompute=True, bf16=True) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("recompute", "bf16"), [(False, False), (True, False), (False, True), (True, True)])
+def test_compiled_adapters(compiler, tiny_model, make_batch, recompute, bf16):
+    """The first layer reads states without a gradient, so it is compiled apart from the others."""
+    graphs = check_adapters(compiler, tiny_model, make_batch, layers=2, recompute=recompute, bf16=bf16)
+    assert graphs == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bf16", [False, True])
+def test_compiled_code_does_not_depend_on_which_size_comes_first(
+    compiler, uncached, tiny_model, make_batch, bf16
+):
+    """To the bit; a resumed run may start with another size."""
+    cases, found = list(batches(make_batch))[:3], []
+    for order in (cases, cases[::-1]):
+        torch.compiler.reset()
+        policy, _ = adapted(tiny_model, torch.bfloat16 if bf16 else torch.float32, 2)
+        compiler.optimizer(policy, lr=1e-3, steps=1)
+        outputs = [trained(policy, batch) for batch in order]
+        found.append(outputs if order is cases else outputs[::-1])
+    for one, other in zip(*found, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
+
+
+@pytest.mark.slow
+def test_the_compiler_itself(compiler, uncached, tiny_model, make_batch):
+    """Compiled code computes the same up to rounding; to the bit, whichever size is compiled first."""
     cases, policy = list(batches(make_batch))[:3], Policy(tiny_model("llama"))
     right = [trained(policy, batch) for batch in cases]
     found = []
-    with config.patch(force_disable_caches=True):
-        for order in (cases, cases[::-1]):
-            torch.compiler.reset()
-            twin = copy.deepcopy(policy)
-            engine.optimizer(twin, lr=1e-3, steps=1)
-            outputs = [trained(twin, batch) for batch in order]
-            found.append(outputs if order is cases else outputs[::-1])
-    torch.compiler.reset()
+    for order in (cases, cases[::-1]):
+        torch.compiler.reset()
+        twin = copy.deepcopy(policy)
+        compiler.optimizer(twin, lr=1e-3, steps=1)
+        outputs = [trained(twin, batch) for batch in order]
+        found.append(outputs if order is cases else outputs[::-1])
     for one, other, expected in zip(*found, right, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
         assert_equal(one, expected)
