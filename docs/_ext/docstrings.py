@@ -19,8 +19,11 @@ def rewrite(lines: list[str]) -> list[str]:
     done: list[str] = []
     table: list[list[str]] = []
     literal_block: int | None = None
+    doctest = False
     for line in [*lines, ""]:
         indent = len(line) - len(line.lstrip())
+        # What an example prints is code as well, up to the next empty line.
+        doctest = bool(line.strip()) and (doctest or line.lstrip().startswith(">>>"))
         if literal_block is not None and line.strip() and indent <= literal_block:
             literal_block = None
         if line.lstrip().startswith("| ") and line.rstrip().endswith("|"):
@@ -28,8 +31,7 @@ def rewrite(lines: list[str]) -> list[str]:
         elif not line.lstrip().startswith("|--"):
             done += list_table(table)
             table = []
-            code = literal_block is not None or line.lstrip().startswith((">>>", "..."))
-            done.append(line if code else prose(line))
+            done.append(line if doctest or literal_block is not None else prose(line))
         if literal_block is None and line.rstrip().endswith("::"):
             literal_block = indent
     return done[:-1]
@@ -95,8 +97,17 @@ def process(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: 
         lines[0] = f":{lines[0]}"
 
 
+def without_text(app: Sphinx, what: str, name: str, thing: Any, skip: bool, options: Any) -> bool | None:
+    """Skip what says nothing of ours: fields that the signature shows, torch's text on ``forward``."""
+    own = getattr(thing, "__doc__", None)
+    if (own or "").startswith("Alias for field number") or (name == "forward" and own is None):
+        return True
+    return None
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     # Before napoleon, which is connected with the default priority of 500.
     app.connect("autodoc-process-docstring", process, priority=400)
     app.connect("autodoc-process-signature", constructor)
+    app.connect("autodoc-skip-member", without_text)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -75,7 +75,8 @@ def entry(package: str, name: str, thing: Any) -> list[str]:
         return [f".. autoclass:: {package}.{name}", "   :members:", "   :show-inheritance:", ""]
     if inspect.isroutine(thing):
         return [f".. autofunction:: {package}.{name}", ""]
-    return [f".. py:data:: {package}.{name}", "", *(f"   {line}" for line in data_text(package, name)), ""]
+    about = data_text(package, name) or [f"``{str(thing).replace('typing.', '')}``"]
+    return [f".. py:data:: {package}.{name}", "", *(f"   {line}" for line in about), ""]
 
 
 def data_text(package: str, name: str) -> list[str]:
@@ -88,15 +89,15 @@ def data_text(package: str, name: str) -> list[str]:
 
 
 def package_page(name: str, about: str) -> str:
-    """The reference of ``ppo_kit.<name>``, its names in the order of the files that define them."""
+    """The reference of ``ppo_kit.<name>``: the files that define its names, by name."""
     package = f"ppo_kit.{name}"
     module = importlib.import_module(package)
+    said = about in (inspect.getdoc(module) or "").replace("``", "")
     lines = [
         package,
         "=" * len(package),
         "",
-        f"**{about}.**",
-        "",
+        *([] if said else [f"**{about}.**", ""]),
         f".. automodule:: {package}",
         "   :no-members:",
         "",
@@ -106,7 +107,8 @@ def package_page(name: str, about: str) -> str:
         thing = getattr(module, each)
         source = getattr(thing, "__module__", None) or package
         files.setdefault(source if source.startswith(package) else package, []).append(each)
-    for source, names in files.items():
+    # What has no file of its own comes last.
+    for source, names in sorted(files.items(), key=lambda each: (each[0] == package, each[0])):
         if len(files) > 1:
             heading = source.removeprefix(f"{package}.") if source != package else "Other names"
             lines += [heading, "-" * len(heading), ""]

@@ -89,6 +89,7 @@ def test_several_arguments_of_one_line_are_told_apart(extension):
         (["as --bf16 and --keep-best do"], ["as ``--bf16`` and ``--keep-best`` do"]),
         (["``Objective``s of them"], [r"``Objective``\ s of them"]),
         (["so::", "", "    a | b", "", "c | d"], ["so::", "", "    a | b", "", r"c \| d"]),
+        ([">>> f(1)", "a | --b", "", "c | d"], [">>> f(1)", "a | --b", "", r"c \| d"]),
         (
             ["| a | b |", "|---|---|", "| 1 | 2 |"],
             [
@@ -107,3 +108,19 @@ def test_several_arguments_of_one_line_are_told_apart(extension):
 )
 def test_prose_of_docstrings_is_what_sphinx_reads(extension, written, read):
     assert extension.rewrite(written) == read
+
+
+def test_members_without_a_text_of_ours_are_left_out(extension):
+    from ppo_kit.data import Pair
+    from ppo_kit.modules import BatchLoss, BatchModule
+
+    def skipped(kind, name):
+        return extension.without_text(None, "class", name, inspect.getattr_static(kind, name), False, None)
+
+    assert skipped(Pair, "messages") and skipped(BatchLoss, "forward")
+    assert not skipped(BatchLoss, "compute")
+    assert not skipped(BatchModule, "compute")
+
+
+def test_a_name_without_a_docstring_shows_what_it_stands_for(pages):
+    assert "Literal['stop', 'skip']" in pages.package_page("data", "about")
