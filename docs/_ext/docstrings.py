@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 from itertools import pairwise
@@ -83,8 +84,16 @@ def parameters(thing: Any) -> set[str]:
 
 
 def constructor(app: Sphinx, what: str, name: str, thing: Any, *rest: Any) -> tuple[str, str] | None:
-    """The arguments of ``__init__``, which the metaclass of TensorDict's modules hides."""
-    if what != "class" or not str(rest[1]).startswith("(*args"):
+    """The arguments of ``__init__``, which the metaclass of TensorDict's modules hides.
+
+    Of settings that extend others, those of the class itself: the shared ones have their own entries.
+    """
+    if what != "class":
+        return None
+    if dataclasses.is_dataclass(thing) and any(dataclasses.is_dataclass(each) for each in thing.__bases__):
+        names = [name for name in inspect.get_annotations(thing) if not name.startswith("_")]
+        return f"({', '.join([*names, '**shared'])})", ""
+    if not str(rest[1]).startswith("(*args"):
         return None
     own = signature(thing.__init__, bound_method=True)
     return stringify_signature(own, show_return_annotation=False, unqualified_typehints=True), ""

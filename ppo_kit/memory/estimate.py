@@ -1,4 +1,4 @@
-"""Estimate the memory of a PPO run from the models' configs alone: no weight is loaded or made.
+"""Estimate the memory of a PPO run from the models' configs alone: no weight is loaded or made::
 
     ppo-kit memory --policy HuggingFaceTB/SmolLM2-135M-Instruct --lora-rank 16
     ppo-kit memory --policy LLAMA-7B --ranks 8 --zero-stage 3 --bf16 --device cuda

@@ -1,4 +1,4 @@
-"""LoRA: one frozen model with small adapters; the reference is the model with its adapter off.
+"""LoRA: one frozen model with small adapters; the reference is the model with its adapter off::
 
     lora = LoRA(load_causal_lm(name), rank=16)
     policy, reference = Policy(lora.causal("policy")), Reference(lora.causal(None))

@@ -112,14 +112,27 @@ def test_prose_of_docstrings_is_what_sphinx_reads(extension, written, read):
 
 def test_members_without_a_text_of_ours_are_left_out(extension):
     from ppo_kit.data import Pair
-    from ppo_kit.modules import BatchLoss, BatchModule
+    from ppo_kit.modules import BatchLoss, Shaping
 
     def skipped(kind, name):
         return extension.without_text(None, "class", name, inspect.getattr_static(kind, name), False, None)
 
-    assert skipped(Pair, "messages") and skipped(BatchLoss, "forward")
-    assert not skipped(BatchLoss, "compute")
-    assert not skipped(BatchModule, "compute")
+    assert skipped(Pair, "messages")
+    assert skipped(BatchLoss, "forward")
+    assert not skipped(Shaping, "forward")
+
+
+def test_a_settings_class_shows_its_own_settings_alone(extension):
+    from ppo_kit.training import PPOSettings, RunSettings
+
+    short, whole = (
+        extension.constructor(None, "class", "name", kind, {}, "(steps: int = 80)", "")
+        for kind in (PPOSettings, RunSettings)
+    )
+    assert short is not None
+    assert "clip" in short[0]
+    assert "steps" not in short[0]
+    assert whole is None
 
 
 def test_a_name_without_a_docstring_shows_what_it_stands_for(pages):
