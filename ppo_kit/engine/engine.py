@@ -15,6 +15,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
 from ppo_kit.engine import ranks
+from ppo_kit.engine.budget import training_tokens
 from ppo_kit.engine.optimizer import NotFinite, Optimizer
 from ppo_kit.engine.settings import EngineSettings, bf16_is_slow
 from ppo_kit.modules.base import require
@@ -70,6 +71,8 @@ class Engine(ABC):
 
     def __init__(self, settings: EngineSettings, device: torch.device) -> None:
         self.settings, self.device = settings, device
+        self._trained: list[nn.Module] = []
+        self._training_tokens = 0
         if settings.bf16 and bf16_is_slow(device) and ranks.is_main():
             logger.warning(
                 "bf16: this CPU has no instructions for bfloat16, which is then 6 to 15 times slower than "
@@ -101,6 +104,13 @@ class Engine(ABC):
     def optimizer(self, module: nn.Module, **settings: Any) -> Optimizer:
         """Make ``module`` (policy, critic) ready to train, and its ``Optimizer`` of these settings."""
 
+    def _bound_passes(self, module: Wrappable) -> None:
+        """Bound training passes by what the trained models hold, ``module`` from now on among them."""
+        self._trained.append(module.model)
+        if self.device.type == "cpu" and not self.settings.gradient_checkpointing:
+            itemsize = self.settings.compute_dtype.itemsize
+            self._training_tokens = training_tokens(self._trained, itemsize=itemsize)
+
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of this rank's share of the loss; shares of ranks and micro-batches add up."""
@@ -130,7 +140,7 @@ class Engine(ABC):
         check_sizes("micro_batches", minibatch, size=size)
         counted = minibatch if "num_tokens" in minibatch else with_counts(minibatch.copy())
         lengths = lengths_of(counted)
-        for rows in self._plan(lengths, size, multiple=self.world_size):
+        for rows in self._plan(lengths, size, self._training_tokens, multiple=self.world_size):
             yield ranks.share(take(counted, rows, lengths)).to(self.device)
 
     @torch.no_grad()
@@ -151,8 +161,10 @@ class Engine(ABC):
             batch.set(key, put_back([piece[key] for piece in pieces], plan, width))
         return batch
 
-    def _plan(self, lengths: Tensor, size: int, **shared: Any) -> list[list[int]]:
-        tokens = self.settings.micro_batch_tokens
+    def _plan(self, lengths: Tensor, size: int, tokens: int = 0, **shared: Any) -> list[list[int]]:
+        """The rows of each piece; ``tokens`` are the most slots of one where the settings leave that open."""
+        given = self.settings.micro_batch_tokens
+        tokens = tokens if given is None else given
         cost = PASS_COST if self.device.type == "cpu" else GPU_PASS_COST
         return plan_pieces(lengths, size, tokens=tokens, pass_cost=cost, **shared)
 

@@ -53,8 +53,10 @@ class LocalEngine(Engine):
 
     def optimizer(self, module: nn.Module, **settings: Any) -> Optimizer:
         self.place(module)
-        if isinstance(module, Wrappable) and self.settings.gradient_checkpointing:
-            module.checkpoint_activations()
+        if isinstance(module, Wrappable):
+            self._bound_passes(module)
+            if self.settings.gradient_checkpointing:
+                module.checkpoint_activations()
         return Optimizer(module, **settings)
 
     def backward(self, loss: Tensor) -> None:

@@ -32,9 +32,10 @@ class EngineSettings:
     --bf16 the KL to the reference then starts at the rounding of bfloat16, not at 0."""
     gradient_checkpointing: bool = False
     """Keep one activation per layer and recompute the rest in the backward pass: less memory, more time."""
-    micro_batch_tokens: int = 0
+    micro_batch_tokens: int | None = None
     """Most slots (tokens and padding) of a forward pass on each rank, beside --micro-batch-size rows; 0 is no
-    limit."""
+    limit. If not given, training passes on a CPU take as many as keep their activations no larger than what
+    training holds anyway (docs/speed.md), and other passes have no limit."""
     compile: bool = False
     """Score and train through torch.compile, layer by layer: the first step takes half a minute of CPU more,
     later ones less time. Needs a C++ compiler (on a GPU Triton); the local engine alone."""

@@ -80,6 +80,7 @@ class DeepSpeedEngine(Engine):
         if not isinstance(module, Wrappable):
             raise ValueError(f"{type(module).__name__}: DeepSpeed trains a Policy or a Critic")
         _refuse_adapters(self.stage, [module])
+        self._bound_passes(module)
         if self.stage < 3:  # sharded weights are where they are to be
             module.to(self.device)
         if self.settings.gradient_checkpointing:

@@ -23,6 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name in ("rollout_size", "minibatch_size", "micro_batch_size", "prompt_tokens", "max_new_tokens",
                  "train_layers", "lora_rank"):  # fmt: skip
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=defaults[name])
+    parser.add_argument("--micro-batch-tokens", type=int, help="as the recipes' own; 0 is no limit")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     parser.add_argument("--frozen-bf16", action="store_true", help="reference and reward model in bfloat16")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations")

@@ -88,8 +88,8 @@ def estimate_memory(
     with torch.device("meta"):
         named = [rewards] if isinstance(rewards, str) else list(rewards)
         dtype = work.dtype if zero else torch.float32
-        wanted = {"critic": critic, "reference": reference}
-        step = SimulatedStep(policy, named, work, dtype, all_logits=sharding.zero_stage == 3, **wanted)
+        engine = {"all_logits": sharding.zero_stage == 3, "gpu": gpu}
+        step = SimulatedStep(policy, named, work, dtype, critic=critic, reference=reference, **engine)
     phases, why = _phases(step, keep_gradients=not zero)
     trained, itemsize = sum(p.numel() for p in step.trainable), step.trainable[0].itemsize
     items = sharding.items(step.weights, trained, itemsize=itemsize, gpu=gpu, models=len(step.trained))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from ppo_kit.engine.budget import training_tokens
 from ppo_kit.functional.tiled_logits import tile_size
 from ppo_kit.memory.workload import Workload
 from ppo_kit.models.decoding import decoding
@@ -35,11 +36,12 @@ class SimulatedStep:
         critic: bool = True,
         reference: bool = True,
         all_logits: bool = False,
+        gpu: bool = False,
     ) -> None:
         """``dtype`` is that of the weights; ``critic``, ``reference``: whether the run has one;
         ``all_logits``: policy and reference hold [B,T,V], as they do where weights are sharded.
         """
-        self.work, self.dtype, self.all_logits = work, dtype, all_logits
+        self.work, self.dtype, self.all_logits, self.gpu = work, dtype, all_logits, gpu
         self.weights: dict[str, tuple[int, str]] = {}
         self._counted: set[int] = set()
         self.policy = self._made("policy", _causal(policy, dtype))
@@ -144,7 +146,7 @@ class SimulatedStep:
 
     @torch.no_grad()
     def score(self) -> None:
-        rows = min(self.work.micro_batch_size, self.work.rollout_size)
+        rows = self._rows_of_a_pass(self.work.rollout_size, self.work.micro_batch_tokens or 0)
         frozen = torch.bfloat16 if self.work.frozen_bf16 else self.work.dtype
         if self.reference is not None:
             self._log_probs(self.reference, rows, frozen)
@@ -155,18 +157,28 @@ class SimulatedStep:
 
     def train(self, *, keep_gradients: bool) -> None:
         """One optimizer step's micro-batches; ZeRO takes gradients away as they come."""
-        rows = min(self.work.micro_batch_size, self.work.minibatch_size)
+        tokens = self.work.micro_batch_tokens
+        if tokens is None:  # as the engine does
+            bounded = not self.gpu and not self.work.gradient_checkpointing
+            tokens = training_tokens(self.trained, itemsize=self.work.dtype.itemsize) if bounded else 0
+        rows = self._rows_of_a_pass(self.work.minibatch_size, tokens)
         for model in self.trained:
             model.train(self.work.gradient_checkpointing)
         if not keep_gradients:
             for parameter in self.trainable:
                 parameter.register_post_accumulate_grad_hook(_drop)
-        for _ in range(2 if self.work.micro_batch_size < self.work.minibatch_size else 1):
+        for _ in range(2 if rows < self.work.minibatch_size else 1):
             self._log_probs(self.policy, rows, self.work.dtype).sum().backward()
             for critic in self.trained[1:]:
                 self._scalars(critic, rows, self.work.dtype).sum().backward()
         for parameter in self.trainable:
             parameter.grad = None
+
+    def _rows_of_a_pass(self, rows: int, tokens: int) -> int:
+        """Rows of the largest pass, of so many rows of full length and at most ``tokens`` slots; 0: any."""
+        length = self.work.prompt_tokens + self.work.max_new_tokens
+        passes = -(-rows // min(self.work.micro_batch_size, max(1, tokens // length) if tokens else rows))
+        return -(-rows // passes)
 
     def _log_probs(self, model: Any, rows: int, dtype: torch.dtype) -> Tensor:
         """As ``Policy`` reads them, of every response token; without the loop over the vocabulary."""

@@ -23,6 +23,7 @@ class Workload:
     rollout_size: int = 64
     minibatch_size: int = 32
     micro_batch_size: int = 32
+    micro_batch_tokens: int | None = None
     prompt_tokens: int = 512
     max_new_tokens: int = 48
     train_layers: int = -1

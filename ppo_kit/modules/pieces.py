@@ -81,8 +81,9 @@ def plan_pieces(
     """The rows of each piece: those whose passes cost least, longest rows first.
 
     A piece of n rows costs n · (widest prompt + widest response) + ``pass_cost`` slots. Rows are put in order
-    by length, and the cuts of that order with the least sum are found by dynamic programming; of the orders
-    by total, response and prompt length the best is taken. So rows of one length stay in few large pieces,
+    by length, and the cuts of that order with the least sum are found by dynamic programming, of those with
+    equal sums the ones whose largest piece is smallest; of the orders by total, response and prompt length
+    the best is taken. So rows of one length stay in few large pieces,
     and ragged ones are cut where that saves more padding than another pass costs.
 
     Args:
@@ -98,6 +99,8 @@ def plan_pieces(
     [[0, 2], [1, 3]]
     >>> plan_pieces(torch.tensor([[1, 12], [1, 10], [1, 12], [1, 10]]), size=4)
     [[0, 1, 2, 3]]
+    >>> plan_pieces(torch.tensor([[1, 10]] * 4), size=3)
+    [[0, 1], [2, 3]]
     """
     in_range("plan_pieces: size", size, 1, whole=True)
     in_range("plan_pieces: tokens", tokens, 0, whole=True)
@@ -192,10 +195,10 @@ def _extent(mask: Tensor) -> Tensor:
 @lru_cache(maxsize=16)
 def _cheapest_cuts(
     lengths: tuple[tuple[int, int], ...], size: int, tokens: int, pass_cost: int
-) -> tuple[int, tuple[int, ...]]:
-    """(cost, (0, …, B)): the cuts of the rows in this order whose pieces cost least."""
+) -> tuple[tuple[int, int], tuple[int, ...]]:
+    """((cost, slots of the largest piece), (0, …, B)): the cuts of the rows in this order that cost least."""
     count = len(lengths)
-    best = [0] + [-1] * count
+    best = [(0, 0)] + [(-1, 0)] * count
     start = [0] * (count + 1)
     for end in range(1, count + 1):
         prompt = response = 0
@@ -204,8 +207,9 @@ def _cheapest_cuts(
             slots = (end - first) * (prompt + response)
             if tokens and slots > tokens and first < end - 1:
                 break
-            cost = best[first] + slots + pass_cost
-            if best[end] < 0 or cost <= best[end]:
+            before, largest = best[first]
+            cost = (before + slots + pass_cost, max(largest, slots))
+            if best[end][0] < 0 or cost <= best[end]:
                 best[end], start[end] = cost, first
     cuts = [count]
     while cuts[-1]:

@@ -15,7 +15,7 @@ import torch
 from tensordict.nn import TensorDictSequential
 
 from ppo_kit.data import pad_prompts
-from ppo_kit.engine import LocalEngine, Optimizer
+from ppo_kit.engine import EngineSettings, LocalEngine
 from ppo_kit.memory import Workload, estimate_memory
 from ppo_kit.memory.live_bytes import LiveBytes
 from ppo_kit.models import (
@@ -63,7 +63,8 @@ def take_steps(
                 module.dtype = torch.bfloat16
         for model in (policy.model, critic.model):
             freeze_below(model, work.train_layers)
-    optimizers = [Optimizer(model, lr=1e-5, steps=9) for model in (policy, critic)]
+    engine = LocalEngine(EngineSettings(device="cpu", bf16=work.dtype == torch.bfloat16))
+    optimizers = [engine.optimizer(model, lr=1e-5, steps=9) for model in (policy, critic)]
     losses = (policy, ClippedSurrogate()), (critic, SquaredValueLoss())
     scorers = reference, Critic(critic.model, out_keys=["old_values"], **dtype), reward
     shape = TensorDictSequential(PlaceScore(), GAE())
@@ -77,12 +78,12 @@ def take_steps(
     weights = counter.live if counter else 0
     with counter or nullcontext():
         for step in range(steps):
-            _step(work, step, scorers, shape, losses, optimizers, order)
+            _step(engine, work, step, scorers, shape, losses, optimizers, order)
     return counter.peak - weights if counter else 0
 
 
-def _step(work, step, scorers, shape, losses, optimizers, order):
-    policy, engine = losses[0][0], LocalEngine()
+def _step(engine, work, step, scorers, shape, losses, optimizers, order):
+    policy = losses[0][0]
     prompts = pad_prompts([[3 + row % 7] * work.prompt_tokens for row in range(work.rollout_size)], 0)
     # No token ends a response: the longest there can be are what is estimated.
     batch = rollout(policy, prompts, Sampling(work.max_new_tokens), end_ids=(), seeds=step)

@@ -1,7 +1,8 @@
 """Run a recipe of the ppo_kit that PYTHONPATH names, an iteration for each command.
 
 The recipe is the real one, through Session, without an evaluation. The stopwatch counts CPU seconds here, so
-that a busy machine does not change the parts of an iteration.
+that a busy machine does not change the parts of an iteration. Scipy is hidden: neither ppo_kit nor TRL
+installs it, only the tests' environment has it, and transformers imports it where it is there (36 MiB).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from lockstep.turns import PIPES, Turns
 
 
 def main(recipe: Path, settings: dict[str, Any]) -> None:
+    sys.modules["scipy"] = None  # type: ignore[assignment]
     spec = importlib.util.spec_from_file_location(recipe.stem, recipe)
     module = importlib.util.module_from_spec(spec)
     sys.modules[recipe.stem] = module
