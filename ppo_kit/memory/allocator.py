@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import sys
@@ -11,6 +12,25 @@ from ppo_kit.memory.estimate import MemoryEstimate
 KEPT = 0.2
 """Share of the estimate that a process was measured to be larger by at most (docs/models.md)."""
 VARIABLE = "MALLOC_MMAP_THRESHOLD_"
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Of glibc's malloc.h."""
+MAPPED, TRIMMED = 2**25, 2**26
+"""What glibc itself arrives at, at most: it maps blocks of 32 MiB, and returns memory when 64 are free."""
+
+
+def keep_freed_memory() -> None:
+    """Let glibc's allocator keep freed memory from the start as it does once it has freed a large block.
+
+    It maps each block anew until it has freed one as large, and returns memory when twice as much is free. A
+    small model frees no large block, and would pay for new pages in every step. Nothing changes under another
+    allocator, nor where the user has set variables of this one.
+    """
+    if _uses_default_glibc_allocator():
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, MAPPED)
+        libc.mallopt(M_TRIM_THRESHOLD, TRIMMED)
 
 
 def allocator_advice(estimate: MemoryEstimate) -> str | None:

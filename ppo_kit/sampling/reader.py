@@ -43,9 +43,10 @@ class Reader:
         elif repeated:
             self.cache.reorder_cache(copies)
             self.logits = self.logits[copies]
-        grow_in_blocks(self.cache)
         self.fast: FusedLlama | None = None
         self.tried, self.seen = room < WORTH, ids.shape[1]
+        if self.tried:
+            grow_in_blocks(self.cache)
         self.position = mask.sum(1, keepdim=True)
         self.padded = not bool(mask.all())
         self.mask = torch.cat([mask, mask.new_ones(len(mask), room)], 1).long()
@@ -55,7 +56,7 @@ class Reader:
         if self.fast is not None:
             self.logits = self.policy.scaled(self.fast.read(token, self.position))
         else:
-            llama = None if self.tried else self._llama()
+            llama = self._llama()
             self.seen += 1
             mask = (
                 self.mask[:, : self.seen] if self.padded else None
@@ -67,6 +68,8 @@ class Reader:
                 if _alike(found, self.logits, self.policy.dtype):
                     self.fast, self.cache = llama, None
                     torch.clear_autocast_cache()  # the casts of the weights that are in products now
+                else:
+                    grow_in_blocks(self.cache)
         self.position = self.position + 1
 
     def select(self, rows: Tensor) -> None:
@@ -78,9 +81,15 @@ class Reader:
         self.mask, self.position = self.mask[rows], self.position[rows]
 
     def _llama(self) -> FusedLlama | None:
-        """The model in fused operations, before its next token; None where it is another model."""
+        """The model in fused operations, at the first token; None later, and where it is another model.
+
+        It has a cache of its own: the model's grows in blocks only where that one is read on.
+        """
+        if self.tried:
+            return None
         self.tried = True
         if not self.movable or not can_be_fused(self.policy):
+            grow_in_blocks(self.cache)
             return None
         mask = self.mask[:, : self.seen] if self.padded else None
         return FusedLlama(self.policy.model, self.cache, mask, self.mask.shape[1], self.policy.dtype)

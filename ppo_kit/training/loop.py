@@ -14,6 +14,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import nn
 
 from ppo_kit.engine import Engine, Optimizer, Stateful, ranks, start_engine
+from ppo_kit.memory.allocator import keep_freed_memory
 from ppo_kit.modules import Objective
 from ppo_kit.monitor import Stopwatch
 from ppo_kit.run import Run
@@ -42,6 +43,8 @@ class Loop:
     def __init__(self, settings: Any, name: str, *, inputs: Mapping[str, Any] | None = None) -> None:
         self.settings = settings
         self.engine: Engine = start_engine(settings)
+        if self.engine.device.type == "cpu":
+            keep_freed_memory()
         self.run = Run(settings, name, self.engine, inputs=inputs)
         self.sources = {key: str(value) for key, value in (inputs or {}).items() if value is not None}
         self.watch = Stopwatch()
