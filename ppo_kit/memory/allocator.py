@@ -12,6 +12,7 @@ from ppo_kit.memory.estimate import MemoryEstimate
 KEPT = 0.2
 """Share of the estimate that a process was measured to be larger by at most (docs/models.md)."""
 VARIABLE = "MALLOC_MMAP_THRESHOLD_"
+OTHER_VARIABLE = "MALLOC_TRIM_THRESHOLD_"
 
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -53,6 +54,7 @@ def allocator_advice(estimate: MemoryEstimate) -> str | None:
 
 def _uses_default_glibc_allocator() -> bool:
     """Whether glibc's allocator is in use with its default settings."""
-    set_by_user = VARIABLE in os.environ or "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", "")
+    variables = {VARIABLE, OTHER_VARIABLE} & os.environ.keys()
+    set_by_user = variables or "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", "")
     other = "malloc" in os.environ.get("LD_PRELOAD", "")  # jemalloc, tcmalloc
-    return sys.platform == "linux" and platform.libc_ver()[0] == "glibc" and not set_by_user and not other
+    return sys.platform == "linux" and platform.libc_ver()[0] == "glibc" and not (set_by_user or other)

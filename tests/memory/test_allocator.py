@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ppo_kit.memory import GIB, MemoryEstimate, allocator_advice
+from ppo_kit.memory import GIB, MemoryEstimate, allocator, allocator_advice
 from ppo_kit.training import RLSettings
 from ppo_kit.training import models as run_models
 
@@ -49,6 +49,24 @@ def test_where_it_decides_nothing_it_is_not_spoken_of(items, available):
 def test_what_the_user_has_set_is_left_alone(monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     assert allocator_advice(TIGHT) is None
+
+
+@pytest.fixture
+def mallopt(monkeypatch):
+    """The calls of ``mallopt``, of a C library that is not there."""
+    calls: list[tuple[int, int]] = []
+    library = SimpleNamespace(mallopt=lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: library)
+    return calls
+
+
+def test_a_run_on_a_cpu_keeps_freed_memory_from_the_start(mallopt, monkeypatch):
+    allocator.keep_freed_memory()
+    assert mallopt == [(-3, 32 * 2**20), (-1, 64 * 2**20)], "M_MMAP_THRESHOLD and M_TRIM_THRESHOLD"
+    mallopt.clear()
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "65536")
+    allocator.keep_freed_memory()
+    assert mallopt == []
 
 
 def test_another_c_library_is_left_alone(monkeypatch):
