@@ -11,6 +11,8 @@ from typing import Any
 from sphinx.application import Sphinx
 from sphinx.util.inspect import signature, stringify_signature
 
+LONG = 400
+"""Characters of a signature, above which a default is not spelled out."""
 FLAG = re.compile(r"(?<![\w`-])(--[a-z][a-z0-9-]*)")
 LITERAL = re.compile(r"(``.*?``)")
 
@@ -83,6 +85,19 @@ def parameters(thing: Any) -> set[str]:
         return set()
 
 
+def fields_of(kind: Any, *, own: bool = False) -> list[str]:
+    """Fields of a dataclass as a signature has them, without private ones; a long default is ``...``."""
+    shown = []
+    for name, each in inspect.signature(kind).parameters.items():
+        if name.startswith("_") or (own and name not in inspect.get_annotations(kind)):
+            continue
+        default = repr(each.default)
+        if "<" in default or len(default) > LONG // 10:
+            default = "..."
+        shown.append(f"{name}: {each.annotation}" + ("" if each.default is each.empty else f" = {default}"))
+    return shown
+
+
 def constructor(app: Sphinx, what: str, name: str, thing: Any, *rest: Any) -> tuple[str, str] | None:
     """The arguments of ``__init__``, which the metaclass of TensorDict's modules hides.
 
@@ -91,8 +106,9 @@ def constructor(app: Sphinx, what: str, name: str, thing: Any, *rest: Any) -> tu
     if what != "class":
         return None
     if dataclasses.is_dataclass(thing) and any(dataclasses.is_dataclass(each) for each in thing.__bases__):
-        names = [name for name in inspect.get_annotations(thing) if not name.startswith("_")]
-        return f"({', '.join([*names, '**shared'])})", ""
+        return f"({', '.join([*fields_of(thing, own=True), '**shared'])})", ""
+    if dataclasses.is_dataclass(thing) and ("<factory>" in str(rest[1]) or len(str(rest[1])) > LONG):
+        return f"({', '.join(fields_of(thing))})", ""
     if not str(rest[1]).startswith("(*args"):
         return None
     own = signature(thing.__init__, bound_method=True)

@@ -11,7 +11,7 @@ import re
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from sphinx.application import Sphinx
 from sphinx.pycode import ModuleAnalyzer
@@ -65,7 +65,9 @@ def public_names(module: ModuleType) -> list[str]:
     return [
         name
         for name, thing in vars(module).items()
-        if not name.startswith("_") and getattr(thing, "__module__", None) == module.__name__
+        if not name.startswith("_")
+        and getattr(thing, "__module__", None) == module.__name__
+        and not isinstance(thing, TypeVar)
     ]
 
 

@@ -26,10 +26,9 @@ def read_rows(source: Source, *, report: RowReport | None = None) -> Iterator[tu
     first one stops.
 
     Raises:
-        BadRow: a row is not UTF-8 or not JSON and the report stops at bad rows; or, with any report, the file
-        is
-            damaged from there on (a broken gzip stream, JSON list or Parquet page), so that going on would
-            cut it silently.
+        BadRow: a row is not UTF-8 or not JSON and the report stops at bad rows; or, with any report, the
+            file is damaged from there on (a broken gzip stream, JSON list or Parquet page), so that going on
+            would cut it silently.
         ValueError: the file's ending is not one of those above.
         ImportError: a Parquet file without pyarrow; the message has the command that installs it.
 

@@ -135,5 +135,12 @@ def test_a_settings_class_shows_its_own_settings_alone(extension):
     assert whole is None
 
 
+def test_a_long_signature_shows_no_long_default_and_nothing_private(extension):
+    from ppo_kit.monitor import CollapseWatch
+
+    assert extension.fields_of(CollapseWatch)[:2] == ["signs: Sequence[Sign] = ...", "votes: int = 2"]
+    assert not [each for each in extension.fields_of(CollapseWatch) if each.startswith("_")]
+
+
 def test_a_name_without_a_docstring_shows_what_it_stands_for(pages):
     assert "Literal['stop', 'skip']" in pages.package_page("data", "about")
