@@ -87,7 +87,13 @@ def about(results: dict[str, Any]) -> str:
     return f"{found['processor']}, {found['cores']} cores, {', '.join(found['instructions'])}; {versions}."
 
 
-TABLES = {"against_trl": against_trl, "against_revision": against_revision, "growth": growth}
+TABLES = {
+    "against_trl": against_trl,
+    "against_trl_compiled": against_trl,
+    "against_revision": against_revision,
+    "against_revision_compiled": against_revision,
+    "growth": growth,
+}
 """Name of a file of results -> its table; README.md has each between two comments of that name."""
 
 

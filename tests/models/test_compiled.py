@@ -195,11 +195,13 @@ def adapted(tiny_model, dtype: torch.dtype, layers: int) -> tuple[Policy, Refere
 
 
 def assert_as_near(found, plain, right) -> None:
-    """Compiled bfloat16 is about as near to float32 as plain bfloat16 is; it rounds in fewer places."""
+    """Compiled, it is about as near to float32 as plain: mistakes differ by ten times as much as rounding."""
     assert len(found) == len(plain) == len(right) > 1
-    for one, other, exact in zip(found, plain, right, strict=True):
-        scale = float(exact.norm())
-        assert float((one - exact).norm()) <= 1.5 * float((other - exact).norm()) + 0.01 * scale
+    found_error, plain_error = (
+        sum(float((one - exact).norm() / exact.norm()) for one, exact in zip(each, right, strict=True))
+        for each in (found, plain)
+    )
+    assert found_error <= 2.5 * plain_error + 1e-5 * len(right)
 
 
 def check_adapters(compiler, tiny_model, make_batch, *, layers: int, recompute: bool, bf16: bool) -> int:
