@@ -59,13 +59,15 @@ def draw_comparison(
     elif not panels or set(panels) - logged - set(LABELS):
         got = sorted(set(panels) - logged - set(LABELS)) or "none"
         raise ValueError(f"panels: got {got}, needs metrics that a run logged: {sorted(logged)}")
-    columns = 2 if len(panels) == 4 else min(3, len(panels))
-    lines = -(-len(panels) // columns)
     # In inches: between panels is room for the labels at the ends of the lines and for the next axis.
     label, axis, panel = 0.2 + 0.09 * max(map(len, groups)), 0.7, 3.1
-    width, height = columns * (axis + panel + label), 0.95 + 3.1 * lines
+    # Wide labels in two columns: in three the picture is so wide that a page shows it too small to read.
+    columns = 2 if len(panels) == 4 or label > 1.2 else 3
+    columns = min(columns, len(panels))
+    lines = -(-len(panels) // columns)
+    width, height = columns * (axis + panel + label), 1.1 + 3.1 * lines
     figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
-    left, right, top = axis / width, 1 - label / width, 1 - 0.85 / height
+    left, right, top = axis / width, 1 - label / width, 1 - 1.0 / height
     grid = figure.add_gridspec(
         lines,
         columns,
@@ -93,7 +95,7 @@ def draw_comparison(
     count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     note = "one run each" if seeds == [1] else f"line: mean of {count} seeds; band: their range"
     figure.text(left, 1 - 0.2 / height, title, fontsize=15, fontweight="bold", color=INK, va="top")
-    figure.text(right, 1 - 0.24 / height, note, fontsize=9.5, color="#595959", va="top", ha="right")
+    figure.text(left, 1 - 0.47 / height, note, fontsize=9.5, color="#595959", va="top")
     figure.savefig(path)
     return Path(path)
 
