@@ -194,7 +194,9 @@ class ZeroOptimizer(Optimizer):
 
     def _watch(self, gradient: Tensor) -> None:
         self._held = True
-        self._bad |= ~gradient.isfinite().all()
+        # A sum is not finite where an element is not, and reads them once; isfinite() writes copies. Where a
+        # sum of finite ones overflows, their squares do so before it.
+        self._bad |= ~gradient.sum().isfinite()
 
     def _make_states(self) -> None:
         """ZeRO makes AdamW's states in the first step: take one with zero gradients and no learning rate."""
