@@ -37,8 +37,8 @@ class EngineSettings:
     limit. If not given, training passes on a CPU take as many as keep their activations no larger than what
     training holds anyway (docs/speed.md), and other passes have no limit."""
     compile: bool = False
-    """Score and train through torch.compile, layer by layer: the first step takes half a minute of CPU more,
-    later ones less time. Needs a C++ compiler (on a GPU Triton); the local engine alone."""
+    """Score and train through torch.compile, layer by layer: the first step takes half a minute of CPU more
+    (with LoRA two), later ones less time. Needs a C++ compiler (on a GPU Triton); the local engine alone."""
     zero_stage: Literal[0, 1, 2, 3] | None = None
     """What DeepSpeed shards over ranks: 0 nothing, 1 optimizer states, 2 gradients too, 3 weights too, of
     reference and reward model as well. Default 2, or the stage in --deepspeed-config."""
