@@ -5,13 +5,15 @@
 
 Both run the same recipe on the same models, prompts and seed, an iteration each in turn, one thread each.
 Prints the other's CPU seconds over this one's (above 1: this one is faster): the median of pairs and its
-quartiles, and the peak of memory. ``--against .`` measures the noise.
+quartiles, and the peak of memory. ``--against .`` measures the noise. With ``--least 0.95`` it guards against
+regressions: it ends with status 1 where this checkout is slower than that on the pairs' upper quartile.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,6 +39,8 @@ class Settings:
     """Pairs of iterations that are timed, after one that is not; each case has its own default."""
     settings: tuple[str, ...] = ()
     """Settings of the recipe, name=value as JSON, for this checkout alone: temperature=0.7."""
+    least: float | None = None
+    """End with status 1 where a case's ratio has its upper quartile below this."""
     out: Path | None = None
     """Write the numbers there as JSON."""
 
@@ -87,7 +91,12 @@ def row(name: str, found: dict[str, Any]) -> str:
     )
 
 
-def main(cfg: Settings) -> None:
+def slower(cases: dict[str, dict[str, Any]], least: float) -> list[str]:
+    """The cases that are slower than ``least`` beyond noise: even the upper quartile of their pairs is."""
+    return [name for name, found in cases.items() if found["faster"]["high"] < least]
+
+
+def main(cfg: Settings) -> int:
     changes = {name: json.loads(value) for name, value in (each.split("=", 1) for each in cfg.settings)}
     results: dict[str, Any] = {"machine": machine(), "against": cfg.against, "cases": {}}
     print("case  other/this, CPU seconds  other    this   rollout score   train   peak MiB: other, this")
@@ -99,7 +108,11 @@ def main(cfg: Settings) -> None:
             print(row(name, results["cases"][name]), flush=True)
             if cfg.out is not None:
                 cfg.out.write_text(json.dumps(results, indent=1))
+    if cfg.least is not None and (found := slower(results["cases"], cfg.least)):
+        print(f"slower than {cfg.least} times {cfg.against}: {', '.join(found)}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    sys.exit(main(tyro.cli(Settings, description=__doc__)))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import against_revision
 import pytest
 import table
 import torch
@@ -75,6 +76,13 @@ def test_work_counts_the_tokens_that_are_there():
 def test_ratios_are_of_pairs():
     assert paired_ratio([2.0, 40.0, 600.0], [1.0, 10.0, 100.0]).median == 4.0
     assert str(spread([1.0, 2.0, 3.0])) == "2.00 (1.50 to 2.50)"
+
+
+def test_a_case_is_slower_where_even_its_upper_quartile_is():
+    cases = {"a": spread([0.7, 0.8, 0.9]), "d": spread([0.7, 0.9, 1.1])}
+    found = {name: {"faster": asdict(ratio)} for name, ratio in cases.items()}
+    assert against_revision.slower(found, 0.95) == ["a"]
+    assert against_revision.slower(found, 0.8) == []
 
 
 def test_the_cases_fit_their_models():
