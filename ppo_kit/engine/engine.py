@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -19,7 +19,16 @@ from ppo_kit.engine.budget import training_tokens
 from ppo_kit.engine.optimizer import NotFinite, Optimizer
 from ppo_kit.engine.settings import EngineSettings, bf16_is_slow
 from ppo_kit.modules.base import require
-from ppo_kit.modules.pieces import GPU_PASS_COST, PASS_COST, lengths_of, plan_pieces, put_back, take
+from ppo_kit.modules.pieces import (
+    GPU_PASS_COST,
+    PACKED_SLOTS,
+    PASS_COST,
+    lengths_of,
+    plan_packed,
+    plan_pieces,
+    put_back,
+    take,
+)
 from ppo_kit.modules.splits import check_sizes, with_counts
 
 logger = logging.getLogger(__name__)
@@ -71,7 +80,7 @@ class Engine(ABC):
 
     def __init__(self, settings: EngineSettings, device: torch.device) -> None:
         self.settings, self.device = settings, device
-        self._trained: list[nn.Module] = []
+        self._trained: list[Any] = []
         self._training_tokens = 0
         if settings.bf16 and bf16_is_slow(device) and ranks.is_main():
             logger.warning(
@@ -106,10 +115,10 @@ class Engine(ABC):
 
     def _bound_passes(self, module: Wrappable) -> None:
         """Bound training passes by what the trained models hold, ``module`` from now on among them."""
-        self._trained.append(module.model)
+        self._trained.append(module)
         if self.device.type == "cpu" and not self.settings.gradient_checkpointing:
             itemsize = self.settings.compute_dtype.itemsize
-            self._training_tokens = training_tokens(self._trained, itemsize=itemsize)
+            self._training_tokens = training_tokens([each.model for each in self._trained], itemsize=itemsize)
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
@@ -134,13 +143,14 @@ class Engine(ABC):
         """This rank's rows of a minibatch that all ranks hold, in pieces of up to ``size``, on the device.
 
         Rows of similar length come together, and each piece is as wide as its longest prompt and its longest
-        response (``ppo_kit.modules.pieces``). Every rank gets as many pieces. Counts (``num_tokens``)
-        are those of the whole minibatch.
+        response; where all models that train read no padding (``packs``), in fewer and even pieces
+        (``ppo_kit.modules.pieces``). Every rank gets as many pieces. Counts (``num_tokens``) are those of the
+        whole minibatch.
         """
         check_sizes("micro_batches", minibatch, size=size)
         counted = minibatch if "num_tokens" in minibatch else with_counts(minibatch.copy())
         lengths = lengths_of(counted)
-        for rows in self._plan(lengths, size, self._training_tokens, multiple=self.world_size):
+        for rows in self._plan(lengths, size, self._trained, self._training_tokens, multiple=self.world_size):
             yield ranks.share(take(counted, rows, lengths)).to(self.device)
 
     @torch.no_grad()
@@ -155,18 +165,33 @@ class Engine(ABC):
         lengths = lengths_of(read)
         # Each rank has rows of its own here, and a forward of sharded weights is one of all ranks.
         agree = ranks.largest if self.sharded else None
-        plan = self._plan(lengths, size, agree=agree)
+        tokens = PACKED_SLOTS if getattr(module, "packs", False) else 0
+        plan = self._plan(lengths, size, [module], tokens, agree=agree)
         pieces = [module(take(read, rows, lengths)).select(*module.out_keys) for rows in plan]
         for key in module.out_keys:
             batch.set(key, put_back([piece[key] for piece in pieces], plan, width))
         return batch
 
-    def _plan(self, lengths: Tensor, size: int, tokens: int = 0, **shared: Any) -> list[list[int]]:
-        """The rows of each piece; ``tokens`` are the most slots of one where the settings leave that open."""
+    def _plan(
+        self,
+        lengths: Tensor,
+        size: int,
+        modules: Sequence[nn.Module],
+        tokens: int,
+        *,
+        multiple: int = 1,
+        agree: Callable[[Tensor], Tensor] | None = None,
+    ) -> list[list[int]]:
+        """The rows of each piece, which ``modules`` read; ``tokens`` are the most slots of one where the
+        settings leave that open.
+        """
         given = self.settings.micro_batch_tokens
         tokens = tokens if given is None else given
+        ragged = agree is None and bool((lengths != lengths[:1]).any())
+        if ragged and modules and all(getattr(each, "packs", False) for each in modules):
+            return plan_packed(lengths, size, tokens=tokens, multiple=multiple)
         cost = PASS_COST if self.device.type == "cpu" else GPU_PASS_COST
-        return plan_pieces(lengths, size, tokens=tokens, pass_cost=cost, **shared)
+        return plan_pieces(lengths, size, tokens=tokens, pass_cost=cost, multiple=multiple, agree=agree)
 
     def step(self, batch: TensorDictBase, *optimizers: Optimizer) -> list[float]:
         """A step of each optimizer, or of none: all gradients are checked before the first weight changes.

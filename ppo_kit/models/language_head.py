@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ppo_kit.functional import linear_token_log_probs
 from ppo_kit.models.load import load_causal_lm
+from ppo_kit.models.packed import pack
 from ppo_kit.models.policy import mode
 from ppo_kit.models.scoring import RewardModel, at_last_token
 from ppo_kit.models.sequence import join, probe_ids
@@ -44,15 +45,20 @@ class RewardWithLanguageHead(RewardModel):
         prompt_ids, prompt_mask, _, response_mask = inputs
         if len(prompt_ids) % 2:
             raise ValueError(f"{type(self).__name__}: got {len(prompt_ids)} rows, needs two per pair")
-        ids, mask, positions = join(*inputs)
-        scored = torch.zeros_like(ids, dtype=torch.bool)
+        joined = join(*inputs)
+        scored = torch.zeros_like(joined.ids, dtype=torch.bool)
         # Position P-1+t is the state before token t.
-        preferred, before = len(ids) // 2, slice(prompt_ids.shape[1] - 1, -1)
+        preferred, before = len(prompt_ids) // 2, slice(prompt_ids.shape[1] - 1, -1)
         scored[:preferred, before] = response_mask[:preferred]
-        with self.autocast():
-            scalars, log_probs = self.call(
-                input_ids=ids, attention_mask=mask, position_ids=positions, scored=scored, use_cache=False
-            ).unbind(-1)
+        if self.packs and not joined.mask.all():
+            packed = pack(joined.mask)
+            valid = packed.take(joined.mask.bool())
+            with self.autocast():
+                found = self.call(**packed.inputs(joined), scored=packed.take(scored))[valid]
+            scalars, log_probs = (packed.put_back(each, valid) for each in found.unbind(-1))
+        else:
+            with self.autocast():
+                scalars, log_probs = self.call(**joined.inputs(), scored=scored).unbind(-1)
         return at_last_token(scalars, prompt_mask, response_mask), log_probs[:, before]
 
 

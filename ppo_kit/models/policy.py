@@ -16,6 +16,7 @@ from ppo_kit.functional import token_entropy, token_log_probs
 from ppo_kit.models.compiled import compile_layers
 from ppo_kit.models.float32_head import keep_logits_in_float32
 from ppo_kit.models.head import HeadForm, TokenReader, head_form, plain_model
+from ppo_kit.models.packed import can_pack, pack
 from ppo_kit.models.sequence import join
 from ppo_kit.modules.base import BatchModule
 
@@ -36,6 +37,7 @@ class ModelModule(BatchModule):
         self.dtype = checked_dtype(dtype)
         disable_dropout(model)
         self.wrapped: Callable[..., Any] | None = None
+        self._packs: bool | None = None
 
     @property
     def network(self) -> nn.Module:
@@ -60,6 +62,14 @@ class ModelModule(BatchModule):
     def compile_layers(self) -> None:
         """Score and train through ``torch.compile``, layer by layer; see the function of this name."""
         compile_layers(self.model)
+        self._packs = False  # compiled code gains more from padded rows than uncompiled code from packed ones
+
+    @property
+    def packs(self) -> bool:
+        """Whether ragged rows are read without their padding, which is tried at first use (``can_pack``)."""
+        if self._packs is None:
+            self._packs = can_pack(self.model)
+        return self._packs
 
     def autocast(self) -> torch.autocast:
         """The context in which the model computes in ``dtype``."""
@@ -73,7 +83,8 @@ class Policy(ModelModule):
     position P-1+t, the state before token t; they are added up in float32 whatever the model computes in.
     Logits are computed at valid response tokens only, and not stored (``linear_token_log_probs``), where the
     model's are those of its output matrix on its last hidden states, which is tried at first use; for other
-    models, and sharded weights, all [B,T,V] are stored.
+    models, and sharded weights, all [B,T,V] are stored. On a CPU ragged rows are read without their padding,
+    where the model allows it (``packs``).
 
     Args:
         model: any ``AutoModelForCausalLM``.
@@ -120,6 +131,17 @@ class Policy(ModelModule):
     def network(self) -> nn.Module:
         return TokenReader(self.model)
 
+    @property
+    def form(self) -> HeadForm | None:
+        """How the model makes its logits, tried at first use (``head_form``)."""
+        if not self._form_is_known:
+            self._form, self._form_is_known = head_form(self.model), True
+        return self._form
+
+    @property
+    def packs(self) -> bool:
+        return self.form is not None and super().packs
+
     def scaled(self, logits: Tensor) -> Tensor:
         """The float32 logits that tokens are drawn from and scored by: over τ, -inf where no token is."""
         scaled = logits.float() / self.temperature
@@ -148,26 +170,27 @@ class Policy(ModelModule):
 
     def _read(self, *inputs: Tensor, entropy: bool) -> list[Tensor]:
         """log_probs and, if asked for, entropy, each [B,T]."""
-        if not self._form_is_known:
-            self._form, self._form_is_known = head_form(self.model), True
-        if self._form is None:
+        if self.form is None:
             return self._read_from_logits(*inputs, entropy=entropy)
         response_mask = inputs[3]
-        ids, mask, positions = join(*inputs)
-        scored = torch.zeros_like(mask, dtype=torch.bool)
-        scored[:, -response_mask.shape[1] - 1 : -1] = response_mask
+        joined = join(*inputs)
+        before = slice(-response_mask.shape[1] - 1, -1)
+        scored = torch.zeros_like(joined.mask, dtype=torch.bool)
+        scored[:, before] = response_mask
+        settings = {
+            "form": self.form,
+            "temperature": self.temperature,
+            "valid_ids": self.valid_ids,
+            "entropy": entropy,
+        }
+        if self.packs and not joined.mask.all():
+            packed = pack(joined.mask)
+            at = packed.take(scored)
+            with self.autocast():
+                found = self.call(**packed.inputs(joined), scored=at, **settings)
+            return [packed.put_back(each, at)[:, before] for each in found]
         with self.autocast():
-            found = self.call(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                use_cache=False,
-                scored=scored,
-                form=self._form,
-                temperature=self.temperature,
-                valid_ids=self.valid_ids,
-                entropy=entropy,
-            )
+            found = self.call(**joined.inputs(), scored=scored, **settings)
         zeros = found[0].new_zeros(response_mask.shape)
         return [zeros.masked_scatter(response_mask, each) for each in found]
 

@@ -10,6 +10,7 @@ from tensordict import NestedKey
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ppo_kit.models.packed import pack
 from ppo_kit.models.policy import ModelModule
 from ppo_kit.models.sequence import join
 
@@ -52,10 +53,16 @@ class _Scalar(ModelModule):
         return TokenScalars(self.model)
 
     def scalars(self, *inputs: Tensor) -> Tensor:
-        """head(hidden), float32, at all P+T positions: [B,P+T]."""
-        ids, mask, positions = join(*inputs)
+        """head(hidden), float32, at all P+T positions, [B,P+T]; in masked slots any finite number."""
+        joined = join(*inputs)
+        if self.packs and not joined.mask.all():
+            packed = pack(joined.mask)
+            valid = packed.take(joined.mask.bool())
+            with self.autocast():
+                found = self.call(**packed.inputs(joined))
+            return packed.put_back(found[valid], valid)
         with self.autocast():
-            return self.call(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+            return self.call(**joined.inputs())
 
 
 class Critic(_Scalar):

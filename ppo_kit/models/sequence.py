@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,15 @@ class Joined(NamedTuple):
     ids: Tensor
     mask: Tensor
     positions: Tensor
+
+    def inputs(self) -> dict[str, Any]:
+        """What a model is called with, where there is no cache."""
+        return {
+            "input_ids": self.ids,
+            "attention_mask": self.mask,
+            "position_ids": self.positions,
+            "use_cache": False,
+        }
 
 
 def join(prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor, response_mask: Tensor) -> Joined:

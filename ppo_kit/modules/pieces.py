@@ -20,6 +20,9 @@ PASS_COST = 64
 GPU_PASS_COST = 4096
 """The same on a GPU. An estimate, not measured: 10 to 30 ms of kernel launches, 1 to 15 µs per token."""
 
+PACKED_SLOTS = 4096
+"""Most slots of a packed pass without gradients."""
+
 
 def micro_batches(
     minibatch: TensorDictBase, size: int, *, mask_key: NestedKey = "loss_mask", tokens: int = 0
@@ -129,6 +132,35 @@ def plan_pieces(
     best = min(range(len(plans)), key=lambda index: plans[index][0])
     order, cuts = orders[best].tolist(), plans[best][1]
     pieces = [order[first * multiple : last * multiple] for first, last in pairwise(cuts)]
+    return pieces if multiple > 1 else [sorted(piece) for piece in pieces]
+
+
+def plan_packed(lengths: Tensor, size: int, *, tokens: int, multiple: int = 1) -> list[list[int]]:
+    """The rows of each piece for models that read no padding (``ModelModule.packs``): even shares of tokens.
+
+    Longest rows come first. Pieces are as few as ``tokens`` and ``size`` let them be, or one more.
+
+    Args:
+        lengths, size, tokens, multiple: as ``plan_pieces`` has them; ``tokens`` counts no padding.
+
+    >>> plan_packed(torch.tensor([[1, 90], [1, 10], [1, 90], [1, 10]]), size=4, tokens=120)
+    [[0], [1, 2, 3]]
+    """
+    totals = lengths.sum(1)
+    # One row of each rank makes a hand; the rank with its longest row decides how much fits.
+    hands = torch.argsort(totals, descending=True, stable=True).split(multiple)
+    longest = [int(totals[hand].max()) for hand in hands]
+    total = sum(longest)
+    tokens = tokens or total
+    share = total / -(-total // tokens)
+    pieces: list[list[int]] = []
+    held, rows = 0, size
+    for hand, length in zip(hands, longest, strict=True):
+        if rows == size or held + length > tokens or held + length / 2 > share:
+            pieces.append([])
+            held, rows = 0, 0
+        pieces[-1] += hand.tolist()
+        held, rows = held + length, rows + 1
     return pieces if multiple > 1 else [sorted(piece) for piece in pieces]
 
 

@@ -148,7 +148,8 @@ def _padding(name: str, reads: list[tuple[int, int, int]], steps: Sequence[Step]
     """The share of slots that held no token to be read, from the look-ups of word embeddings.
 
     Sampling reads each prompt and each response token but the last, once. Elsewhere each pass reads the
-    rows of a batch once, so rows tell how many passes there were.
+    rows of a batch once, so rows tell how many passes there were. A look-up of one row is a row cut to its
+    own width, or rows that are packed end to end: neither has padding to speak of.
     """
     words = max((table for table, _, _ in reads), default=0)
     slots = sum(count for table, _, count in reads if table == words)
@@ -159,5 +160,6 @@ def _padding(name: str, reads: list[tuple[int, int, int]], steps: Sequence[Step]
     if name == "rollout":
         needed = float(tokens - rows)
     else:
-        needed = sum(count for table, count, _ in reads if table == words) / rows * tokens
+        padded = sum(count for table, count, _ in reads if table == words and count > 1)
+        needed = padded / rows * tokens + sum(n for table, count, n in reads if table == words and count == 1)
     return max(0.0, 1 - needed / slots)

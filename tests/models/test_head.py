@@ -59,6 +59,7 @@ def test_masked_slots_cost_nothing_and_may_hold_nan(tiny_model, make_batch):
     policy = Policy(tiny_model("llama"))
     right = policy(make_batch(PROMPTS, RESPONSES))
     wide = make_batch(PROMPTS, RESPONSES, left=1, right=4, fill=-9)
+    policy._packs = False  # packed rows have no masked slots (tests/models/test_packed.py)
     backbone = policy.model.base_model
 
     def spoil(module, inputs, out):

@@ -111,6 +111,8 @@ def test_padding_counts_passes_by_their_rows():
     step = Step(rows=4, prompt_tokens=8, response_tokens=12)
     reads = [(100, 4, 4 * 10), (100, 2, 2 * 5), (100, 2, 2 * 5), (7, 1, 10)]  # the last: positions
     assert _padding("train", reads, [step]) == pytest.approx(1 - 2 * 20 / 60)
+    packed = [(100, 1, 21), *reads]  # of 20 tokens, and one slot to make two rows as long
+    assert _padding("train", packed, [step]) == pytest.approx(1 - (2 * 20 + 21) / 81)
     sampled = [(100, 4, 8), *[(100, 4, 4)] * 3]
     assert _padding("rollout", sampled, [step]) == pytest.approx(1 - 16 / 20)
     assert _padding("train", [], [step]) is None
