@@ -21,7 +21,8 @@ GPU_PASS_COST = 4096
 """The same on a GPU. An estimate, not measured: 10 to 30 ms of kernel launches, 1 to 15 µs per token."""
 
 PACKED_SLOTS = 4096
-"""Most slots of a packed pass without gradients."""
+"""Most slots of a packed pass without gradients. Fewer passes are faster: 2,112 tokens in one took 0.9 of the
+time of two (1.2M parameters)."""
 
 
 def micro_batches(
