@@ -122,6 +122,15 @@ def test_bfloat16_is_as_near_as_the_padded_pass(tiny_model, make_batch):
         assert (packed[key] - exact[key]).abs().max() < limit
 
 
+def test_a_models_own_scale_and_shared_keys_are_kept(make_batch):
+    """Granite scales attention by a number of its own; here two heads share keys and values."""
+    policy = Policy(tiny("granite", attention_multiplier=1.5, num_key_value_heads=1))
+    assert policy.packs
+    found = policy(make_batch(PROMPTS, RESPONSES))["log_probs"].detach()
+    policy._packs = False
+    assert_close(found, policy(make_batch(PROMPTS, RESPONSES))["log_probs"].detach())
+
+
 @pytest.mark.parametrize("model_type", sorted(WITH_CACHE))
 def test_models_that_mix_rows_read_padded_ones(model_type, make_batch):
     """Sliding windows, convolutions, recurrences: they are told by what they compute, not by their names."""
