@@ -35,7 +35,7 @@ class EngineSettings:
     micro_batch_tokens: int | None = None
     """Most slots (tokens and padding) of a forward pass on each rank, beside --micro-batch-size rows; 0 is no
     limit. If not given, training passes on a CPU take as many as keep their activations no larger than what
-    training holds anyway (docs/speed.md), and other passes have no limit."""
+    training holds anyway (docs/speed.md), scoring ones up to 4,096 without padding, and others no limit."""
     compile: bool = False
     """Score and train through torch.compile, layer by layer: the first step takes half a minute of CPU more
     (with LoRA two), later ones less time. Needs a C++ compiler (on a GPU Triton); the local engine alone."""
