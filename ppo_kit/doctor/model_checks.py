@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from ppo_kit.doctor.finding import Level
 from ppo_kit.doctor.subject import Subject
 from ppo_kit.memory import allocator_advice, estimate_memory
 from ppo_kit.models import Critic, RewardModel, check_policy, check_positions, check_scalar
+from ppo_kit.models.policy import ModelModule
 from ppo_kit.monitor.first_ratio import check_first_ratio
 from ppo_kit.rewards import RetokenizedReward
 
@@ -192,7 +194,8 @@ def padding(subject: Subject) -> tuple[Level, str, str]:
         },
     }
     for what, module in modules.items():
-        one, two = (module(each.clone())[module.out_keys[0]] for each in (rows, wide))
+        with module.padded() if isinstance(module, ModelModule) else nullcontext():
+            one, two = (module(each.clone())[module.out_keys[0]] for each in (rows, wide))
         difference = float((one - two[:, :width] if two.ndim == 2 else one - two).abs().max())
         worst = max(worst, difference)
         if not difference <= allowed:

@@ -71,6 +71,15 @@ class ModelModule(BatchModule):
             self._packs = can_pack(self.model)
         return self._packs
 
+    @contextmanager
+    def padded(self) -> Iterator[None]:
+        """Within it, rows are read with their padding, as sampling reads prompts."""
+        packs, self._packs = self._packs, False
+        try:
+            yield
+        finally:
+            self._packs = packs
+
     def autocast(self) -> torch.autocast:
         """The context in which the model computes in ``dtype``."""
         return autocast(self.model, self.dtype)
