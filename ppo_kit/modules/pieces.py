@@ -151,17 +151,16 @@ def plan_packed(lengths: Tensor, size: int, *, tokens: int, multiple: int = 1) -
     # One row of each rank makes a hand; the rank with its longest row decides how much fits.
     hands = torch.argsort(totals, descending=True, stable=True).split(multiple)
     longest = [int(totals[hand].max()) for hand in hands]
-    total = sum(longest)
-    tokens = tokens or total
-    share = total / -(-total // tokens)
+    left = sum(longest)
+    tokens = tokens or left
     pieces: list[list[int]] = []
-    held, rows = 0, size
+    held, rows, share = 0, size, 0.0
     for hand, length in zip(hands, longest, strict=True):
         if rows == size or held + length > tokens or held + length / 2 > share:
             pieces.append([])
-            held, rows = 0, 0
+            held, rows, share = 0, 0, left / -(-left // tokens)
         pieces[-1] += hand.tolist()
-        held, rows = held + length, rows + 1
+        held, rows, left = held + length, rows + 1, left - length
     return pieces if multiple > 1 else [sorted(piece) for piece in pieces]
 
 
