@@ -114,9 +114,13 @@ class Engine(ABC):
         """Make ``module`` (policy, critic) ready to train, and its ``Optimizer`` of these settings."""
 
     def _bound_passes(self, module: Wrappable) -> None:
-        """Bound training passes by what the trained models hold, ``module`` from now on among them."""
+        """Bound training passes by what the trained models hold, ``module`` from now on among them.
+
+        Compiled passes are not bounded: they hold fewer activations, and one pass more takes longer in them.
+        """
         self._trained.append(module)
-        if self.device.type == "cpu" and not self.settings.gradient_checkpointing:
+        saved = self.settings.gradient_checkpointing or self.settings.compile
+        if self.device.type == "cpu" and not saved:
             itemsize = self.settings.compute_dtype.itemsize
             self._training_tokens = training_tokens([each.model for each in self._trained], itemsize=itemsize)
 

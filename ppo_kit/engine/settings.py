@@ -34,8 +34,9 @@ class EngineSettings:
     """Keep one activation per layer and recompute the rest in the backward pass: less memory, more time."""
     micro_batch_tokens: int | None = None
     """Most slots (tokens and padding) of a forward pass on each rank, beside --micro-batch-size rows; 0 is no
-    limit. If not given, training passes on a CPU take as many as keep their activations no larger than what
-    training holds anyway (docs/speed.md), scoring ones up to 4,096 without padding, and others no limit."""
+    limit. If not given, training passes on a CPU, without --compile, take as many as keep their activations
+    no larger than what training holds anyway (docs/speed.md), scoring ones up to 4,096 without padding, and
+    others no limit."""
     compile: bool = False
     """Score and train through torch.compile, layer by layer: the first step takes half a minute of CPU more
     (with LoRA two), later ones less time. Needs a C++ compiler (on a GPU Triton); the local engine alone."""

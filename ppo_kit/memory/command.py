@@ -27,6 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     parser.add_argument("--frozen-bf16", action="store_true", help="reference and reward model in bfloat16")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations")
+    parser.add_argument("--compile", action="store_true", help="compiled layers: no bound on a pass")
     parser.add_argument("--ranks", type=int, default=1, help="processes; what is printed is for one")
     parser.add_argument("--zero-stage", type=int, choices=range(4), default=0)
     parser.add_argument("--offload", choices=["none", "optimizer", "parameters"], default="none")

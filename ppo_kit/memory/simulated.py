@@ -159,7 +159,7 @@ class SimulatedStep:
         """One optimizer step's micro-batches; ZeRO takes gradients away as they come."""
         tokens = self.work.micro_batch_tokens
         if tokens is None:  # as the engine does
-            bounded = not self.gpu and not self.work.gradient_checkpointing
+            bounded = not (self.gpu or self.work.gradient_checkpointing or self.work.compile)
             tokens = training_tokens(self.trained, itemsize=self.work.dtype.itemsize) if bounded else 0
         rows = self._rows_of_a_pass(self.work.minibatch_size, tokens)
         for model in self.trained:

@@ -29,6 +29,7 @@ class Workload:
     train_layers: int = -1
     lora_rank: int = 0
     gradient_checkpointing: bool = False
+    compile: bool = False
     frozen_bf16: bool = False
     dtype: torch.dtype = field(default_factory=_float32)
 

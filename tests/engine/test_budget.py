@@ -62,6 +62,7 @@ def test_training_passes_on_a_cpu_are_bounded_and_others_are_not(monkeypatch):
     assert pieces({"micro_batch_tokens": 0}, llama()) == [12]
     assert pieces({"micro_batch_tokens": 64}, llama()) == [2] * 6
     assert pieces({"gradient_checkpointing": True}, llama()) == [12]
+    assert pieces({"compile": True}, llama()) == [12]
 
     widths = []
     policy = Policy(llama())
@@ -109,5 +110,6 @@ def test_the_memory_estimate_counts_with_the_bound(tmp_path, monkeypatch):
     whole = activations()
     monkeypatch.setattr(budget, "LEAST", 0)
     assert activations() < whole / 8
-    assert activations(micro_batch_tokens=0) == activations(device="cuda") == whole
+    for unbounded in ({"micro_batch_tokens": 0}, {"device": "cuda"}, {"compile": True}):
+        assert activations(**unbounded) == whole, unbounded
     assert activations(micro_batch_tokens=1024) == pytest.approx(whole / 2, rel=0.1)
