@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import (
@@ -10,6 +12,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
 )
+
+from ppo_kit.models import LoRA, Policy, Reference
 
 PROMPTS = [[3], [4, 5, 6], [7, 8, 9, 10, 11, 12, 13], [9, 10, 11, 12]]
 """Prompts of different lengths, of tokens that every model here has."""
@@ -51,3 +55,13 @@ def tiny(model_type, *, scalar=False, **settings):
             if weight.ndim > 1:
                 weight.normal_(std=0.2)
     return model.eval()
+
+
+def adapted(model: Any, **dtype: torch.dtype) -> tuple[LoRA, Policy, Reference]:
+    """LoRA on ``model``: the policy with an adapter that is not zero, the reference with none."""
+    lora = LoRA(model, rank=2)
+    policy, reference = Policy(lora.causal("policy"), **dtype), Reference(lora.causal(None), **dtype)
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight.normal_(std=0.2, generator=torch.Generator().manual_seed(1))
+    return lora, policy, reference

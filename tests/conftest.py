@@ -5,7 +5,6 @@ machine are slower for these sizes.
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
 import sys
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ppo_kit.cli.recipe_file import recipe_main
 from ppo_kit.models import save_model
 from ppo_kit.monitor.metric_names import TIMINGS
 from ppo_kit.report.history import read_rows
@@ -98,13 +98,7 @@ def recipe() -> Callable[[str], ModuleType]:
 
 
 def _recipe(name: str) -> ModuleType:
-    if f"recipe_{name}" not in sys.modules:
-        spec = importlib.util.spec_from_file_location(f"recipe_{name}", RECIPES / f"{name}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = sys.modules[f"recipe_{name}"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return sys.modules[f"recipe_{name}"]
+    return sys.modules[recipe_main(RECIPES / f"{name}.py").__module__]
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import importlib.util
 import inspect
 import pkgutil
 import re
@@ -124,14 +123,10 @@ def package_page(name: str, about: str) -> str:
 def recipes() -> dict[str, type]:
     """Recipe -> its settings class."""
     from ppo_kit.cli.recipe import settings_class
+    from ppo_kit.cli.recipe_file import recipe_main
 
-    found = {}
-    for file in sorted((ROOT / "recipes").glob("*.py")):
-        spec = importlib.util.spec_from_file_location(f"recipes.{file.stem}", file)
-        module = sys.modules[f"recipes.{file.stem}"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        found[file.stem] = settings_class(module.main)
-    return found
+    files = sorted((ROOT / "recipes").glob("*.py"))
+    return {file.stem: settings_class(recipe_main(file)) for file in files}
 
 
 def texts(kind: type) -> dict[str, str]:

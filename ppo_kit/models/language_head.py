@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 
 from ppo_kit.functional import linear_token_log_probs
 from ppo_kit.models.load import load_causal_lm
-from ppo_kit.models.packed import pack
 from ppo_kit.models.policy import mode
 from ppo_kit.models.scoring import RewardModel, at_last_token
 from ppo_kit.models.sequence import join, probe_ids
@@ -50,15 +49,7 @@ class RewardWithLanguageHead(RewardModel):
         # Position P-1+t is the state before token t.
         preferred, before = len(prompt_ids) // 2, slice(prompt_ids.shape[1] - 1, -1)
         scored[:preferred, before] = response_mask[:preferred]
-        if self.packs and not joined.mask.all():
-            packed = pack(joined.mask)
-            valid = packed.take(joined.mask.bool())
-            with self.autocast():
-                found = self.call(**packed.inputs(joined), scored=packed.take(scored))[valid]
-            scalars, log_probs = (packed.put_back(each, valid) for each in found.unbind(-1))
-        else:
-            with self.autocast():
-                scalars, log_probs = self.call(**joined.inputs(), scored=scored).unbind(-1)
+        scalars, log_probs = self.at_all_slots(joined, scored=scored).unbind(-1)
         return at_last_token(scalars, prompt_mask, response_mask), log_probs[:, before]
 
 

@@ -47,9 +47,10 @@ class Packed(NamedTuple):
         return x.flatten().index_select(0, self.slots)[None]
 
     def put_back(self, values: Tensor, at: Tensor) -> Tensor:
-        """``values`` [n] of the n slots where ``at`` [1,N] is True, in their places [B,L]; 0 elsewhere."""
-        places = self.slots[at.squeeze(0)]
-        return values.new_zeros(self.shape.numel()).index_copy(0, places, values).view(self.shape)
+        """``values`` [n,...] of the n slots where ``at`` [1,N] is True, in place: [B,L,...]; 0 elsewhere."""
+        places, each = self.slots[at.squeeze(0)], values.shape[1:]
+        flat = values.new_zeros(self.shape.numel(), *each).index_copy(0, places, values)
+        return flat.view(*self.shape, *each)
 
     def inputs(self, joined: Joined) -> dict[str, Any]:
         """What a model is called with. A mask of four dimensions is one that transformers leaves as it is."""

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ppo_kit.models.packed import pack
 from ppo_kit.models.policy import ModelModule
-from ppo_kit.models.sequence import join
+from ppo_kit.models.sequence import Joined, join
 
 
 class TokenScalars(nn.Module):
@@ -54,15 +54,22 @@ class _Scalar(ModelModule):
 
     def scalars(self, *inputs: Tensor) -> Tensor:
         """head(hidden), float32, at all P+T positions, [B,P+T]; in masked slots any finite number."""
-        joined = join(*inputs)
-        if self.packs and not joined.mask.all():
-            packed = pack(joined.mask)
-            valid = packed.take(joined.mask.bool())
+        return self.at_all_slots(join(*inputs))
+
+    def at_all_slots(self, joined: Joined, **also: Tensor) -> Tensor:
+        """What the network computes at all P+T positions, [B,P+T,...]; in masked slots any finite number.
+
+        Args:
+            also: further inputs of the network, [B,P+T] each.
+        """
+        if not self.packs or joined.mask.all():
             with self.autocast():
-                found = self.call(**packed.inputs(joined))
-            return packed.put_back(found[valid], valid)
+                return self.call(**joined.inputs(), **also)
+        packed = pack(joined.mask)
+        valid = packed.take(joined.mask.bool())
         with self.autocast():
-            return self.call(**joined.inputs())
+            found = self.call(**packed.inputs(joined), **{key: packed.take(x) for key, x in also.items()})
+        return packed.put_back(found[valid], valid)
 
 
 class Critic(_Scalar):

@@ -11,9 +11,10 @@ from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 
 from ppo_kit.engine import EngineSettings, LocalEngine
-from ppo_kit.models import Critic, LoRA, Policy, Reference, freeze_below
+from ppo_kit.models import Critic, Policy, Reference, freeze_below
 from ppo_kit.models.compiled import compile_layers
 from ppo_kit.sampling import Sampling, rollout
+from tests.architectures import adapted
 
 PROMPTS = [[3, 5, 7], [9, 4, 6], [8, 2, 11], [7, 7, 3]]
 WIDTHS = [2, 3, 5, 4]
@@ -119,11 +120,7 @@ def test_names_state_and_copies_are_those_of_the_model(tiny_model, make_batch, c
 @pytest.mark.parametrize("recompute", [False, True])
 def test_adapters_switch_and_train(tiny_model, make_batch, counter, recompute):
     pytest.importorskip("peft", reason="peft is not installed")
-    lora = LoRA(tiny_model("llama"), rank=2)
-    policy, reference = Policy(lora.causal("policy")), Reference(lora.causal(None))
-    with torch.no_grad():
-        for weight in policy.parameters():
-            weight.normal_(std=0.2, generator=torch.Generator().manual_seed(1))
+    _, policy, reference = adapted(tiny_model("llama"))
     cases = list(batches(make_batch))
     right = [(trained(policy, batch), reference(batch.clone())["ref_log_probs"]) for batch in cases]
     engine = LocalEngine(EngineSettings(device="cpu", compile=True, gradient_checkpointing=recompute))
@@ -179,16 +176,11 @@ def uncached():
         yield
 
 
-def adapted(tiny_model, dtype: torch.dtype, layers: int) -> tuple[Policy, Reference]:
-    """A policy with an adapter that is not zero, and the reference on its base."""
+def stacked(tiny_model, dtype: torch.dtype, layers: int) -> tuple[Policy, Reference]:
+    """A policy with an adapter that is not zero, and the reference on its base, of so many layers."""
     model = tiny_model("llama")
     model.model.layers, model.config.num_hidden_layers = model.model.layers[:layers], layers
-    lora = LoRA(model, rank=2)
-    policy = Policy(lora.causal("policy"), dtype=dtype)
-    reference = Reference(lora.causal(None), dtype=dtype)
-    with torch.no_grad():
-        for weight in policy.parameters():
-            weight.normal_(std=0.2, generator=torch.Generator().manual_seed(1))
+    lora, policy, reference = adapted(model, dtype=dtype)
     if dtype == torch.bfloat16:
         lora.store_base_in_bfloat16()
     return policy, reference
@@ -209,9 +201,9 @@ def check_adapters(compiler, tiny_model, make_batch, *, layers: int, recompute: 
     dtype = torch.bfloat16 if bf16 else torch.float32
     cases = list(batches(make_batch))[:3]
     made = {
-        "exact": adapted(tiny_model, torch.float32, layers),
-        "plain": adapted(tiny_model, dtype, layers),
-        "compiled": adapted(tiny_model, dtype, layers),
+        "exact": stacked(tiny_model, torch.float32, layers),
+        "plain": stacked(tiny_model, dtype, layers),
+        "compiled": stacked(tiny_model, dtype, layers),
     }
     compiler.place(made["compiled"][1])
     if recompute:
@@ -260,7 +252,7 @@ def test_compiled_code_does_not_depend_on_which_size_comes_first(
     cases, found = list(batches(make_batch))[:3], []
     for order in (cases, cases[::-1]):
         torch.compiler.reset()
-        policy, _ = adapted(tiny_model, torch.bfloat16 if bf16 else torch.float32, 2)
+        policy, _ = stacked(tiny_model, torch.bfloat16 if bf16 else torch.float32, 2)
         compiler.optimizer(policy, lr=1e-3, steps=1)
         outputs = [trained(policy, batch) for batch in order]
         found.append(outputs if order is cases else outputs[::-1])

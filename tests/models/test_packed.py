@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from tensordict import TensorDict
 
 from ppo_kit.engine import EngineSettings, LocalEngine
-from ppo_kit.models import Bootstrap, Critic, LoRA, Policy, Reference, RewardModel
+from ppo_kit.models import Bootstrap, Critic, Policy, RewardModel
 from ppo_kit.models.language_head import RewardWithLanguageHead
 from ppo_kit.models.packed import ATTENTION, SLACK, can_pack, pack
 from ppo_kit.modules.pieces import lengths_of, micro_batches, plan_packed
 from ppo_kit.sampling import Sampling, rollout
-from tests.architectures import WITH_CACHE, tiny
+from tests.architectures import WITH_CACHE, adapted, tiny
 
 PROMPTS = [[3], [5, 6, 7, 8], [9, 10], [4, 4, 3, 5, 6, 7], [11, 3]]
 RESPONSES = [[9, 10, 11], [12, 1], [3, 4, 5, 6, 7, 8, 9], [10], [5, 6, 1]]
@@ -184,11 +184,7 @@ def test_a_saved_model_and_a_sampled_response_know_nothing_of_it(tiny_model, mak
 
 def test_adapters_pack_and_their_reference_too(tiny_model, make_batch):
     pytest.importorskip("peft", reason="peft is not installed")
-    lora = LoRA(tiny_model("llama"), rank=2)
-    policy, reference = Policy(lora.causal("policy")), Reference(lora.causal(None))
-    with torch.no_grad():
-        for weight in policy.parameters():
-            weight.normal_(std=0.2, generator=torch.Generator().manual_seed(1))
+    _, policy, reference = adapted(tiny_model("llama"))
     assert policy.packs
     assert reference.packs
     found = reference(policy(make_batch(PROMPTS, RESPONSES)))
